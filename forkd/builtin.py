@@ -1,0 +1,24 @@
+"""Handlers that come with forkd."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Echo(asyncio.Protocol):
+    """Sends back what it gets (RFC 862); reads no more from a client that does not read its echo."""
+
+    __slots__ = ("_transport", "_write")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        self._write = transport.write
+
+    def data_received(self, data: bytes) -> None:
+        self._write(data)
+
+    def pause_writing(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._transport.resume_reading()

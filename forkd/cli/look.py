@@ -1,0 +1,121 @@
+"""The commands that look and change nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from typing import Any
+
+from forkd.app.assembly import run_directory
+from forkd.app.check import check_addresses, check_handlers
+from forkd.cli.ask import Conversation
+from forkd.cli.parser import make_parser
+from forkd.cli.target import read_target, run_directory_of
+from forkd.config.load import Loaded
+from forkd.config.schema import json_schema, reference_page
+from forkd.errors import ConfigError, ForkdError, NotRunning, Problem
+
+_STOPPED = 3
+_DEAD = 1
+
+
+def status(command: argparse.Namespace) -> int:
+    """`forkd status`."""
+    run = run_directory_of(command)
+    try:
+        with Conversation(run) as master:
+            found = master.ask({"verb": "status"})["status"]
+    except NotRunning:
+        _, pid = run.pid_file.holder()
+        state = "stopped" if pid is None else "dead"
+        words = f"{run.name} is stopped" if pid is None else f"{run.name} is dead, but left its pid file (pid {pid})"
+        print(json.dumps({"name": run.name, "state": state}) if command.json else words)
+        return _STOPPED if pid is None else _DEAD
+    print(json.dumps(found, indent=2) if command.json else _status_text(found))
+    return 0
+
+
+def _status_text(found: dict[str, Any]) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["started"]))
+    lines = [f"{found['name']}: {found['state']}, pid {found['pid']}, since {since}, forkd {found['version']}"]
+    if found["serving"] != found["wanted"]:
+        lines.append(f"{found['serving']} of {found['wanted']} workers serve")
+    lines.append("")
+    lines += _table(
+        ["WORKER", "PID", "STATE", "AGE", "CLIENTS", "ACCEPTED", "ERRORS"],
+        [
+            [w["slot"], w["pid"], w["state"], _age(w["age"]), w["clients"], w["accepted"], w["errors"]]
+            for w in found["workers"]
+        ],
+    )
+    lines.append("")
+    lines += _table(["LISTENER", "HANDLER"], [[item["address"], item["handler"]] for item in found["listeners"]])
+    if found["deaths"]:
+        lines.append("")
+        lines += _table(["DEATH", "WORKER", "PID", "AGE", "CLIENTS", "CAUSE"], [_death(d) for d in found["deaths"]])
+    return "\n".join(lines)
+
+
+def _death(death: dict[str, Any]) -> list[Any]:
+    when = time.strftime("%m-%d %H:%M:%S", time.localtime(death["time"]))
+    cause = death["exit"] + (f", {death['cause']}" if death["cause"] else "")
+    return [when, death["slot"], death["pid"], _age(death["age"]), death["clients"], cause]
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f}{unit}"
+    return f"{seconds:.1f}s"
+
+
+def check(command: argparse.Namespace) -> int:
+    """`forkd check`."""
+    loaded = read_target(command)
+    if problems := [*loaded.problems, *check_all(loaded)]:
+        raise ConfigError(problems)
+    print(f"{loaded.settings.name}: the settings, the addresses and the handlers are in order")
+    return 0
+
+
+def check_all(loaded: Loaded) -> list[Problem]:
+    """What is wrong with the addresses and the handlers of settings that could be read."""
+    run = run_directory(loaded.settings)
+    try:
+        with Conversation(run) as master:
+            ours = {item["address"] for item in master.ask({"verb": "status"})["status"]["listeners"]}
+    except ForkdError:
+        ours = set()
+    found = []
+    for index, error in check_addresses(loaded.settings, ours):
+        found.append(Problem(loaded.where("listen", index, "address"), f"listen[{index}].address: {error}"))
+    for index, reason, details in check_handlers(loaded.settings):
+        found.append(Problem(loaded.where("listen", index, "handler"), f"listen[{index}].handler: {reason}"))
+        if details:
+            print(details, end="", file=sys.stderr)
+    return found
+
+
+def schema(command: argparse.Namespace) -> int:
+    """`forkd schema`."""
+    print(reference_page() if command.markdown else json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def completion(command: argparse.Namespace) -> int:
+    """`forkd completion`."""
+    try:
+        shtab = importlib.import_module("shtab")
+    except ModuleNotFoundError:
+        raise ForkdError("completions need the package shtab: pip install 'forkd-server[completion]'") from None
+    print(shtab.complete(make_parser(), shell=command.shell))
+    return 0

@@ -1,0 +1,134 @@
+"""The command line's grammar. What a command does is imported only when that command runs."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from forkd import __version__
+from forkd.config.units import MOST_WORKERS
+from forkd.errors import UsageError
+
+_TARGET = (
+    "a YAML file, the name of one in /etc/forkd or ./etc/forkd, or a handler as module:attribute; default: an echo"
+)
+_RUNNING = "the daemon: its YAML file, its name, or the handler that it was started with; default: the echo"
+
+_EPILOG = """\
+exit status: 0 done, 1 failed, 64 wrong command line, 78 wrong settings;
+of status: 0 running, 1 dead with a pid file, 3 stopped"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command that the arguments mean; its `run` runs it and returns the exit status.
+
+    Raises:
+        UsageError: they mean none.
+    """
+    parser = make_parser()
+    given = next((word for word in arguments if not word.startswith("-")), None)
+    known = list(_commands(parser))
+    if given is not None and given not in known and not {"-h", "--help", "--version"} & set(arguments[:1]):
+        close = difflib.get_close_matches(given, known, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise UsageError(f"there is no command {given!r}; {meant}")
+    return parser.parse_args(arguments)
+
+
+def _commands(parser: argparse.ArgumentParser) -> Sequence[str]:
+    return [name for action in parser._actions if isinstance(action.choices, dict) for name in action.choices]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(
+        prog="forkd",
+        description="A pre-fork server daemon for any socket handler.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"forkd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: str, sentence: str, target: str = "") -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".", allow_abbrev=False
+        )
+        command.set_defaults(run=_later(run))
+        if target:
+            command.add_argument("target", metavar="TARGET", nargs="?", help=target)
+            _add_identity(command)
+        return command
+
+    for name, run, sentence in (
+        ("run", "lifecycle:run", "run in the foreground, logging to stderr"),
+        ("start", "lifecycle:start", "start in the background; return when every worker is ready"),
+        ("restart", "lifecycle:restart", "check the settings, stop, and start again"),
+        ("check", "look:check", "check settings, addresses and handlers, and tell all mistakes at once"),
+    ):
+        _add_settings(add(name, run, sentence, _TARGET))
+    stop = add("stop", "lifecycle:stop", "let open connections end, then end; return when it is done", _RUNNING)
+    stop.add_argument("--now", action="store_true", help="close open connections at once")
+    status = add(
+        "status", "look:status", "tell about the master, the workers, the listeners and recent deaths", _RUNNING
+    )
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    scale = add("scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
+    scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
+    schema = add("schema", "look:schema", "print the JSON Schema of a settings file, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print the reference page of all settings instead")
+    completion = add("completion", "look:completion", "print a shell's completion of this command line")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
+    return parser
+
+
+def _add_identity(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--name", help="the daemon's name")
+    command.add_argument("--run-directory", metavar="DIR", help="where the pid file and the control socket are")
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
+    command.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        help="where to listen: tcp://HOST:PORT, unix:/path or unix:@name; repeatable. With a file, the first replaces "
+        "the address of its first listener, and so on",
+    )
+    command.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    command.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="any other setting, as in --set log.format=json or --set listen.backlog=128; repeatable",
+    )
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
+def _later(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function `module:function` of this package, imported when it is called."""
+
+    def run(command: argparse.Namespace) -> int:
+        module, _, function = name.partition(":")
+        action: Any = getattr(importlib.import_module(f"forkd.cli.{module}"), function)
+        status: int = action(command)
+        return status
+
+    return run

@@ -1,0 +1,91 @@
+"""From TARGET and the options beside it to settings, or to the run directory of a running daemon."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from forkd.config import units
+from forkd.config.load import Loaded, Override, read_settings
+from forkd.config.options import BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
+from forkd.errors import ConfigError, UsageError
+from forkd.system.pidfile import RunDirectory
+
+#: Where a bare name is looked for.
+_PLACES = (Path("/etc/forkd"), Path("etc/forkd"))
+
+
+def settings_of(command: argparse.Namespace) -> Settings:
+    """The settings that a command means. Raises ConfigError with all mistakes, UsageError for no TARGET at all."""
+    loaded = read_target(command)
+    if loaded.problems:
+        raise ConfigError(loaded.problems)
+    return loaded.settings
+
+
+def read_target(command: argparse.Namespace) -> Loaded:
+    """As `settings_of`, with the mistakes beside what could be read. Raises UsageError."""
+    target = command.target
+    handler = BUILTIN_ECHO if target is None else target if _is_handler(target) else None
+    if handler is None:
+        path = _file(target)
+        if path is None:
+            looked = " and ".join(str(place / f"{target}.yaml") for place in _PLACES)
+            raise UsageError(f"there is no {target!r}: looked for {looked}; a handler is module:attribute")
+        return read_settings(path, _overrides(command), {"name": _name(path.stem)})
+    addresses = command.listen or [DEFAULT_ADDRESS]
+    where = "--listen" if command.listen else handler
+    listeners = [{"address": address, "handler": handler} for address in addresses]
+    overrides = [Override("listen", listeners, where), *_overrides(command, with_listen=False)]
+    return read_settings(None, overrides, {"name": _name(target) if target else "echo"})
+
+
+def run_directory_of(command: argparse.Namespace) -> RunDirectory:
+    """The run directory of the daemon that a command means, even if its file is broken or gone by now."""
+    target, name, directory = command.target, command.name, command.run_directory
+    path = None if target is None or _is_handler(target) else _file(target)
+    settings = read_settings(path, (), {"name": _name(path.stem)}).settings if path else None
+    if name is None:
+        name = settings.name if settings else "echo" if target is None else _name(Path(target).stem)
+    if directory is None:
+        return RunDirectory(name, settings.run_directory if settings else None)
+    return RunDirectory(name, units.PATH.parse(directory))
+
+
+def _is_handler(target: str) -> bool:
+    try:
+        units.HANDLER.parse(target)
+    except ValueError:
+        return False
+    return True
+
+
+def _file(target: str) -> Path | None:
+    """The settings file that a TARGET means; what looks like a path is one, whether it is there or not."""
+    if "/" in target or target.endswith((".yaml", ".yml")):
+        return Path(target)
+    return next((path for place in _PLACES if (path := place / f"{target}.yaml").exists()), None)
+
+
+def _name(text: str) -> str:
+    """A daemon's name made of a file's name or a handler's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", ".", text).lstrip("._-")[:64] or "forkd"
+
+
+def _overrides(command: argparse.Namespace, *, with_listen: bool = True) -> list[Override]:
+    given: list[tuple[str, Any, str]] = [
+        ("name", command.name, "--name"),
+        ("workers", command.workers, "--workers"),
+        ("log.level", command.log_level, "--log-level"),
+        ("run_directory", command.run_directory, "--run-directory"),
+    ]
+    if with_listen:
+        given += [(f"listen.{index}.address", text, f"--listen {text}") for index, text in enumerate(command.listen)]
+    for text in command.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: write KEY=VALUE")
+        given.append((key, value, f"--set {text}"))
+    return [Override(key, value, where) for key, value, where in given if value is not None]

@@ -1,0 +1,1 @@
+"""The settings: declared in `options`, read by `load`, described by `schema`; `units` and `address` parse words."""

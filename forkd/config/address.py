@@ -1,0 +1,88 @@
+"""Addresses as users write them: `tcp://HOST:PORT`, `unix:/path`, `unix:@abstract`.
+
+Parsing only: nothing is resolved, bound or looked up here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+FORMS = "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"
+
+#: sizeof(sockaddr_un.sun_path) less its final NUL, unix(7).
+LONGEST_PATH = 107
+
+_TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a listener listens.
+
+    Attributes:
+        scheme: the family of addresses.
+        host: for tcp, a name or a numeric address without brackets; else empty.
+        port: for tcp, 0 to 65535, 0 for any free one; else 0.
+        path: for unix, an absolute path, or `@` and the abstract name; else empty.
+    """
+
+    scheme: Literal["tcp", "unix"]
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @property
+    def abstract(self) -> bool:
+        """Whether it lives in Linux's abstract namespace, where no file stands for it (unix(7))."""
+        return self.path.startswith("@")
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            return f"unix:{self.path}"
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """The address that `text` names.
+
+    Raises:
+        ValueError: it is of none of the forms; the message says what is wanted.
+    """
+    scheme, separator, rest = text.partition(":")
+    if separator and scheme == "tcp" and rest.startswith("//"):
+        return _parse_tcp(text, rest[2:])
+    if separator and scheme == "unix":
+        return _parse_unix(text, rest)
+    if _TCP.fullmatch(text):
+        raise ValueError(f"{text!r} has no scheme; did you mean tcp://{text}?")
+    if text.startswith(("/", "@")):
+        raise ValueError(f"{text!r} has no scheme; did you mean unix:{text}?")
+    raise ValueError(f"{text!r} is not an address; write {FORMS}")
+
+
+def _parse_tcp(text: str, rest: str) -> Address:
+    match = _TCP.fullmatch(rest)
+    if match is None:
+        if rest.count(":") > 1 and "[" not in rest:
+            raise ValueError(f"{text!r}: an IPv6 host stands in brackets, as in tcp://[::1]:7007")
+        if ":" not in rest.rpartition("]")[2]:
+            raise ValueError(f"{text!r} has no port; write tcp://HOST:PORT, with port 0 for any free one")
+        raise ValueError(f"{text!r} is not an address; write tcp://HOST:PORT, as in tcp://127.0.0.1:7007")
+    port = int(match["port"])
+    if port > 65535:
+        raise ValueError(f"{text!r}: a port is at most 65535")
+    return Address("tcp", host=match["v6"] or match["host"], port=port)
+
+
+def _parse_unix(text: str, path: str) -> Address:
+    if len(path) < 2 or path[0] not in "/@":
+        raise ValueError(f"{text!r}: write unix: and an absolute path, or unix:@name for an abstract socket")
+    if len(path.encode()) > LONGEST_PATH:
+        raise ValueError(
+            f"{text!r}: a unix socket's path has at most {LONGEST_PATH} bytes, this one {len(path.encode())}"
+        )
+    if "\0" in path:
+        raise ValueError(f"{text!r}: a unix socket's path has no NUL in it")
+    return Address("unix", path=path)

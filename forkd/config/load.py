@@ -1,0 +1,301 @@
+"""From YAML and command-line options to `Settings`, with every mistake found in one pass.
+
+The YAML is read as a graph of nodes, never constructed into objects: nodes know their line and column, keep duplicate
+keys, and leave scalars as the text that was written. What the command line says is grafted into that graph, so one
+walker reads both. The pure-Python composer is used on purpose: on deep nesting it raises, where libyaml's crashes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
+from forkd.config.units import Kind
+from forkd.errors import ConfigError, Problem
+
+#: Bytes of a settings file at most.
+LARGEST = 1 << 20
+
+Keys = tuple[str | int, ...]
+
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
+_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One setting given on the command line.
+
+    Attributes:
+        key: dotted, as in `log.level`; `listen.backlog` means every listener, `listen.0.backlog` the first.
+        value: the text of a scalar (or of a sequence of them, `[a, b]`), or what YAML would hold there.
+        where: the option as the user typed it, for messages.
+    """
+
+    key: str
+    value: str | Sequence[Mapping[str, str]]
+    where: str
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What one reading has found.
+
+    Attributes:
+        settings: what could be read; the default stands in for what is wrong.
+        problems: all mistakes, in the order of the file.
+    """
+
+    settings: Settings = field(default_factory=lambda: Settings(listen=()))
+    problems: list[Problem] = field(default_factory=list)
+    places: dict[Keys, yaml.Mark] = field(default_factory=dict)
+
+    def where(self, *keys: str | int) -> str:
+        """Where a setting was given, as messages say it; or that it was not."""
+        return _where(self.places.get(keys) or _mark(_name(keys)))
+
+    def problem(self, mark: yaml.Mark, message: str) -> None:
+        self.problems.append(Problem(_where(mark), message))
+
+
+def load_settings(
+    path: Path | None, overrides: Iterable[Override] = (), base: dict[str, Any] | None = None
+) -> Settings:
+    """Settings from a file (or from nothing) and the command line.
+
+    Args:
+        path: the YAML file, or None.
+        overrides: settings from the command line, applied in order.
+        base: settings that hold where neither says anything, such as the name that the file's own name gives.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    loaded = read_settings(path, overrides, base)
+    if loaded.problems:
+        raise ConfigError(loaded.problems)
+    return loaded.settings
+
+
+def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: dict[str, Any] | None = None) -> Loaded:
+    """As `load_settings`, but with what could be read and the problems beside it: `forkd stop` must work for a daemon
+    whose file has been broken since.
+    """
+    reading = Loaded()
+    root = _compose(path, reading) if path else None
+    if root is None:
+        root = yaml.MappingNode(_MAP, [], _mark(str(path or "settings")), _mark(str(path or "settings")))
+    for override in overrides:
+        _graft(root, override, reading)
+    values = _section(root, Settings, (), reading, base or {})
+    _check_listeners(values.get("listen", ()), reading)
+    reading.problems.sort(key=_position)
+    for key, value in values.items():
+        if isinstance(value, tuple):
+            values[key] = tuple(item for item in value if item is not _WRONG)
+    reading.settings = Settings(**{"listen": (), **values})
+    return reading
+
+
+def _position(problem: Problem) -> tuple[str, list[int]]:
+    name, *numbers = problem.where.split(":")
+    return name, [int(number) for number in numbers if number.isdigit()]
+
+
+def _mark(name: str) -> yaml.Mark:
+    """A mark for what stands in no file: `name` alone says where it is from."""
+    return yaml.Mark(name, 0, -1, -1, None, 0)
+
+
+def _where(mark: yaml.Mark) -> str:
+    return f"{mark.name}:{mark.line + 1}:{mark.column + 1}" if mark.line >= 0 else mark.name
+
+
+def _compose(path: Path, reading: Loaded) -> yaml.MappingNode | None:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(LARGEST + 1)
+    except OSError as error:
+        reading.problem(_mark(str(path)), f"can't be read: {error.strerror}")
+        return None
+    if len(data) > LARGEST:
+        reading.problem(_mark(str(path)), f"is over {LARGEST} bytes, which no settings file needs")
+        return None
+    try:
+        loader = yaml.SafeLoader(data)
+        loader.name = str(path)
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark or _mark(str(path))
+        hint = "; YAML is indented by spaces, not tabs" if "\\t" in str(error.problem) else ""
+        reading.problem(mark, f"not YAML: {error.problem or error.context}{hint}")
+        return None
+    except yaml.YAMLError as error:
+        reading.problem(_mark(str(path)), f"not YAML: {str(error).splitlines()[0]}")
+        return None
+    except RecursionError:
+        reading.problem(_mark(str(path)), "is nested too deeply")
+        return None
+    if root is None:  # an empty file, or comments alone
+        return None
+    if not isinstance(root, yaml.MappingNode):
+        reading.problem(root.start_mark, f"expected settings as `key: value`, found {_what(root)}")
+        return None
+    return root
+
+
+def _graft(root: yaml.MappingNode, override: Override, reading: Loaded) -> None:
+    """Puts an override's value into the graph, in the place of whatever stands there."""
+    mark = _mark(override.where)
+    value = _node(override.value, mark)
+    parents: list[yaml.Node] = [root]
+    *path, last = override.key.split(".")
+    for part in path:
+        parents = [child for parent in parents for child in _children(parent, part, mark)]
+    if not parents:
+        reading.problem(mark, f"there is no {override.key.rpartition('.')[0]} to set it in")
+    for parent in parents:
+        for mapping in parent.value if isinstance(parent, yaml.SequenceNode) else [parent]:
+            if isinstance(mapping, yaml.MappingNode):
+                mapping.value = [pair for pair in mapping.value if pair[0].value != last]
+                mapping.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
+
+
+def _node(value: str | Sequence[Any] | Mapping[str, Any], mark: yaml.Mark) -> yaml.Node:
+    """A value from the command line as YAML would have it; text in brackets is a sequence, other text itself."""
+    if isinstance(value, Mapping):
+        pairs = [(_node(key, mark), _node(item, mark)) for key, item in value.items()]
+        return yaml.MappingNode(_MAP, pairs, mark, mark)
+    if isinstance(value, str) and not (value.startswith("[") and value.endswith("]")):
+        return yaml.ScalarNode(_STR, value, mark, mark)
+    items = [item.strip() for item in value[1:-1].split(",") if item.strip()] if isinstance(value, str) else value
+    return yaml.SequenceNode(_SEQ, [_node(item, mark) for item in items], mark, mark)
+
+
+def _children(parent: yaml.Node, part: str, mark: yaml.Mark) -> list[yaml.Node]:
+    if isinstance(parent, yaml.SequenceNode):
+        if part.isdigit():
+            return list(parent.value[int(part) : int(part) + 1])
+        return [child for item in parent.value for child in _children(item, part, mark)]
+    if not isinstance(parent, yaml.MappingNode):
+        return []
+    for key, value in parent.value:
+        if key.value == part:
+            return [value]
+    child = yaml.MappingNode(_MAP, [], mark, mark)
+    parent.value.append((yaml.ScalarNode(_STR, part, mark, mark), child))
+    return [child]
+
+
+def _what(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a sequence"
+    return repr(node.value) if node.value else "nothing"
+
+
+def _section(node: yaml.Node, section: type, keys: Keys, reading: Loaded, base: dict[str, Any]) -> dict[str, Any]:
+    """The values of one section, by setting; what is missing has its default, what is wrong too."""
+    known = options(section)
+    values: dict[str, Any] = {}
+    seen: dict[str, yaml.Mark] = {}
+    if not isinstance(node, yaml.MappingNode):
+        reading.problem(node.start_mark, f"{_name(keys)}: expected settings as `key: value`, found {_what(node)}")
+        return values
+    for key_node, value_node in node.value:
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if key not in known:
+            reading.problem(key_node.start_mark, _unknown(_what(key_node) if key is None else key, known))
+        elif key in seen:
+            reading.problem(key_node.start_mark, f"{key}: given twice; the first is at {_where(seen[key])}")
+        else:
+            seen[key] = key_node.start_mark
+            reading.places[*keys, key] = value_node.start_mark
+            found = _value(value_node, known[key].kind, (*keys, key), reading)
+            if found is not _WRONG:
+                values[key] = found
+    for key, option in known.items():
+        if key not in seen and key in base:
+            values[key] = base[key]
+        elif key not in seen and option.required:
+            reading.problem(node.start_mark, f"{_name((*keys, key))}: is missing; {_first_sentence(option)}")
+    return values
+
+
+_WRONG = object()
+
+
+def _value(node: yaml.Node, kind: Kind[Any] | ListOf | type, keys: Keys, reading: Loaded) -> Any:
+    if isinstance(kind, Kind):
+        return _scalar(node, kind, keys, reading)
+    if isinstance(kind, ListOf):
+        if not isinstance(node, yaml.SequenceNode):
+            reading.problem(node.start_mark, f"{_name(keys)}: expected a sequence, found {_what(node)}")
+            return _WRONG
+        found = []
+        for index, item in enumerate(node.value):
+            reading.places[*keys, index] = item.start_mark
+            found.append(_value(item, kind.item, (*keys, index), reading))
+        if not found and keys == ("listen",):
+            reading.problem(node.start_mark, "listen: is empty; a daemon needs a listener")
+        return tuple(found)
+    values = _section(node, kind, keys, reading, {})
+    lacks = [key for key, option in options(kind).items() if option.required and key not in values]
+    return _WRONG if lacks else kind(**values)
+
+
+def _scalar(node: yaml.Node, kind: Kind[Any], keys: Keys, reading: Loaded) -> Any:
+    name = _name(keys)
+    if not isinstance(node, yaml.ScalarNode):
+        reading.problem(node.start_mark, f"{name}: expected a {kind.name}, found {_what(node)}")
+    elif node.tag not in _PLAIN_TAGS:
+        reading.problem(node.start_mark, f"{name}: tags such as {node.tag} have no meaning here")
+    elif not node.value and node.style is None:
+        reading.problem(node.start_mark, f"{name}: has no value; expected a {kind.name}")
+    else:
+        try:
+            return kind.parse(node.value)
+        except ValueError as error:
+            reading.problem(node.start_mark, f"{name}: {error}")
+    return _WRONG
+
+
+def _name(keys: Keys) -> str:
+    """`listen[0].limits` for ("listen", 0, "limits")."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".") or "the file"
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"{key}: unknown setting; {meant}"
+
+
+def _first_sentence(option: Option) -> str:
+    return option.doc[0].lower() + option.doc[1:].rstrip(".")
+
+
+def _check_listeners(listeners: Sequence[Listener], reading: Loaded) -> None:
+    """What no single value shows: two listeners on one address, file options where there is no file."""
+    at: dict[str, int] = {}
+    for index, listener in enumerate(listeners):
+        if listener is _WRONG:
+            continue
+        place = reading.places.get(("listen", index, "address"), _mark("listen"))
+        text = str(listener.address)
+        if text in at and not (listener.address.scheme == "tcp" and listener.address.port == 0):
+            reading.problem(place, f"listen[{index}].address: {text} stands at listen[{at[text]}] already")
+        at.setdefault(text, index)
+        if listener.address.scheme == "unix" and not listener.address.abstract:
+            continue
+        for key in ("mode", "owner", "group"):
+            if getattr(listener, key) != default_of(Listener, key):
+                mark = reading.places.get(("listen", index, key), place)
+                reading.problem(mark, f"listen[{index}].{key}: means a unix socket's path, and {text} has none")

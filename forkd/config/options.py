@@ -1,0 +1,149 @@
+"""Every setting, declared once: name, kind, default and one line of documentation.
+
+A new setting is one new field here. The loader, the defaults, `--set`, `forkd check`, the reference page and the JSON
+Schema all come from these classes; the fields' types are what the rest of the code sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from forkd.config import units
+from forkd.config.address import Address
+from forkd.config.units import Kind
+
+BUILTIN_ECHO = "forkd.builtin:Echo"
+DEFAULT_ADDRESS = "tcp://127.0.0.1:7007"
+
+_KEY = "option"
+
+
+@dataclass(frozen=True, slots=True)
+class ListOf:
+    """A sequence of scalars, or of sections."""
+
+    item: Kind[Any] | type
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is declared of one setting.
+
+    Attributes:
+        kind: how its value is read: a scalar's `Kind`, a section's class, or a `ListOf` either.
+        doc: one line for the reference page.
+        required: whether the file must give it.
+    """
+
+    kind: Kind[Any] | ListOf | type
+    doc: str
+    required: bool = False
+
+
+def _option(kind: Kind[Any] | ListOf, doc: str, default: Any = MISSING) -> Any:
+    metadata = {_KEY: Option(kind, doc, required=default is MISSING)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _section(kind: type, doc: str) -> Any:
+    return field(default_factory=kind, metadata={_KEY: Option(kind, doc)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one listener allows."""
+
+    write_buffer: int = _option(
+        units.SIZE,
+        "Unsent bytes that one connection may hold when its handler writes again; a client that reads so little is cut "
+        "off. 0: no limit.",
+        64 << 20,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """One address and the handler behind it."""
+
+    address: Address = _option(units.ADDRESS, "Where to listen: tcp://HOST:PORT, unix:/path or unix:@name.")
+    handler: str = _option(
+        units.HANDLER, "What serves each connection: an asyncio.Protocol class or factory, or a streams coroutine."
+    )
+    kind: str = _option(
+        units.choice("auto", "protocol", "streams"),
+        "The handler's form; auto tells a Protocol class, a factory and a coroutine function apart.",
+        "auto",
+    )
+    backlog: int = _option(
+        units.integer(1, 65535),
+        "Connections that the kernel keeps waiting (listen(2)); net.core.somaxconn caps it.",
+        4096,
+    )
+    mode: int | None = _option(units.MODE, "File mode of a unix socket's path.", None)
+    owner: str | None = _option(units.TEXT, "Owner of a unix socket's path, a user's name or number.", None)
+    group: str | None = _option(units.TEXT, "Group of a unix socket's path, a group's name or number.", None)
+    limits: Limits = _section(Limits, "What this listener allows.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """What is written, how and where."""
+
+    level: str = _option(units.choice("debug", "info", "warning", "error"), "The least severe records kept.", "info")
+    format: str = _option(units.choice("text", "json"), "One line of text, or one JSON object, a record.", "text")
+    to: Path | None = _option(
+        units.LOG_TARGET,
+        "A file, or stderr. What `forkd start` has detached writes to /var/log/forkd/NAME.log (for root) or "
+        "$XDG_STATE_HOME/forkd/NAME.log where this says stderr.",
+        None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One daemon."""
+
+    name: str = _option(units.NAME, "The daemon's name, in process titles and paths. Default: the file's name.", "echo")
+    workers: int | None = _option(units.WORKERS, "Worker processes; auto is one for each processor it may use.", None)
+    listen: tuple[Listener, ...] = _option(ListOf(Listener), "The listeners, each with its own handler.")
+    python_path: tuple[Path, ...] = _option(
+        ListOf(units.PATH), "Directories that handlers are imported from, first. Default: the working directory.", []
+    )
+    working_directory: Path | None = _option(
+        units.PATH, "The daemon's current directory. Default: the one that it is started in.", None
+    )
+    run_directory: Path | None = _option(
+        units.PATH,
+        "Where the pid file and the control socket are. Default: /run/forkd/NAME for root, else "
+        "$XDG_RUNTIME_DIR/forkd/NAME, else a private directory under the temporary one.",
+        None,
+    )
+    boot_timeout: float = _option(
+        units.DURATION, "Time that a worker has to import its handlers and report ready.", 60.0
+    )
+    drain_timeout: float = _option(
+        units.DURATION, "Time that open connections have to end after a stop; then they are closed.", 30.0
+    )
+    log: Log = _section(Log, "The log.")
+
+
+def options(section: type) -> dict[str, Option]:
+    """The settings of a section: name to declaration, in the order of declaration."""
+    return {f.name: f.metadata[_KEY] for f in fields(section)}
+
+
+def default_of(section: type, name: str) -> Any:
+    """The default of a section's setting; raises KeyError where it has none."""
+    known: Mapping[str, Field[Any]] = {f.name: f for f in fields(section)}
+    declared = known[name]
+    if declared.default_factory is not MISSING:
+        factory: Callable[[], Any] = declared.default_factory
+        return factory()
+    if declared.default is MISSING:
+        raise KeyError(name)
+    return declared.default

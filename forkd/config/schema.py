@@ -1,0 +1,73 @@
+"""The settings described for others: a JSON Schema for editors, a reference page for readers. Both from `options`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forkd.config.options import ListOf, Settings, default_of, options
+from forkd.config.units import Kind
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft-07, which editors' YAML support reads) of a settings file."""
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "forkd settings", **_object(Settings)}
+
+
+def _object(section: type) -> dict[str, Any]:
+    known = options(section)
+    properties = {}
+    for name, option in known.items():
+        described = {**_schema(option.kind), "description": option.doc}
+        if isinstance(option.kind, Kind) and not option.required and default_of(section, name) is not None:
+            described["default"] = option.kind.show(default_of(section, name))
+        properties[name] = described
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "required": [name for name, option in known.items() if option.required],
+    }
+
+
+def _schema(kind: Kind[Any] | ListOf | type) -> dict[str, Any]:
+    if isinstance(kind, Kind):
+        return dict(kind.schema)
+    if isinstance(kind, ListOf):
+        return {"type": "array", "items": _schema(kind.item)}
+    return _object(kind)
+
+
+def reference_page() -> str:
+    """The reference page of all settings, in Markdown: a table for each section."""
+    lines = ["# Settings", "", "| setting | kind | default | what it is |", "| --- | --- | --- | --- |"]
+    lines += _rows(Settings, "")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(section: type, prefix: str) -> list[str]:
+    rows = []
+    for name, option in options(section).items():
+        kind, key = option.kind, prefix + name
+        if isinstance(kind, ListOf) and not isinstance(kind.item, Kind):
+            rows += [f"| `{key}` | sequence | required | {option.doc} |", *_rows(kind.item, f"{key}[].")]
+        elif isinstance(kind, Kind | ListOf):
+            rows.append(f"| `{key}` | {_kind_name(kind)} | {_default_text(section, name, kind)} | {option.doc} |")
+        else:
+            rows += [f"| `{key}` | section | | {option.doc} |", *_rows(kind, f"{key}.")]
+    return rows
+
+
+def _kind_name(kind: Kind[Any] | ListOf) -> str:
+    if isinstance(kind, Kind):
+        return kind.name
+    return f"sequence of {kind.item.name}" if isinstance(kind.item, Kind) else "sequence"
+
+
+def _default_text(section: type, name: str, kind: Kind[Any] | ListOf) -> str:
+    if options(section)[name].required:
+        return "required"
+    if isinstance(kind, ListOf):
+        return ""
+    default = default_of(section, name)
+    word = kind.unset if default is None else kind.show(default)
+    return f"`{word}`" if word else ""

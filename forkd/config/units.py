@@ -1,0 +1,214 @@
+"""The kinds of values that settings have: how each is read from text, shown again, and described to an editor.
+
+A value is read from the text that the user wrote, never from what YAML 1.1 makes of it: there `no` is false, `22:22` is
+1342 and `0660` is 432. Every parser raises ValueError with a sentence that says what was wanted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from forkd.config.address import parse_address
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[T]):
+    """One kind of scalar value.
+
+    Attributes:
+        name: what the reference page calls it.
+        parse: text to value; raises ValueError.
+        show: value to the text that parses to it again.
+        schema: the JSON Schema (draft-07) of what may be written.
+        unset: the word that is read as None, where there is one.
+    """
+
+    name: str
+    parse: Callable[[str], T]
+    show: Callable[[T], str]
+    schema: Mapping[str, Any]
+    unset: str = ""
+
+
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+_DURATION = r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+"
+_SIZE = r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?"
+_RATE = r"(\d+(?:\.\d+)?)/(s|m|h|d)"
+_HANDLER = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds, from `250ms`, `30s`, `5m`, `1h30m` or `0`."""
+    if text == "0":
+        return 0.0
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        raise ValueError(f"{text!r} has no unit; did you mean {text}s?")
+    if not re.fullmatch(_DURATION, text, re.ASCII):
+        raise ValueError(f"{text!r} is not a duration; write a number with ms, s, m, h or d, as in 30s or 1h30m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"([\d.]+)(ms|[smhd])", text))
+
+
+def show_duration(seconds: float) -> str:
+    """The shortest text that parses to `seconds` again."""
+    if seconds == 0:
+        return "0s"
+    for unit in ("d", "h", "m", "s"):
+        if seconds % _SECONDS[unit] == 0:
+            return f"{seconds / _SECONDS[unit]:.0f}{unit}"
+    return f"{seconds * 1000:.0f}ms" if (seconds * 1000) % 1 == 0 else f"{seconds!r}s"
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from `512B`, `64KiB`, `1.5GiB`, `10MB` or a bare number of bytes."""
+    match = re.fullmatch(_SIZE, text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write a number with {', '.join(_BYTES)}, as in 64KiB")
+    return int(float(match[1]) * _BYTES[match[2] or "B"])
+
+
+def show_size(size: int) -> str:
+    """The shortest text that parses to `size` again."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size and size % _BYTES[unit] == 0:
+            return f"{size // _BYTES[unit]}{unit}"
+    return f"{size}B"
+
+
+def parse_rate(text: str) -> float:
+    """Events per second, from `20/s`, `100/m`, `5/h` or `1/d`."""
+    match = re.fullmatch(_RATE, text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a rate; write a number per s, m, h or d, as in 20/s")
+    return float(match[1]) / _SECONDS[match[2]]
+
+
+def show_rate(rate: float) -> str:
+    """The shortest text that parses to `rate` again."""
+    for unit in ("s", "m", "h", "d"):
+        number = rate * _SECONDS[unit]
+        if abs(number - round(number)) < 1e-9:
+            return f"{number:.0f}/{unit}"
+    return f"{rate!r}/s"
+
+
+def parse_boolean(text: str) -> bool:
+    """True or False; only where a setting is declared so are `yes`, `no`, `on`, `off` words for them."""
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise ValueError(f"{text!r} is not true or false")
+
+
+def parse_mode(text: str) -> int:
+    """Permission bits from three or four octal digits, as in `0660` (chmod(1))."""
+    if not re.fullmatch(r"(0o)?[0-7]{3,4}", text):
+        raise ValueError(f"{text!r} is not a file mode; write three or four octal digits, as in 0660")
+    return int(text.removeprefix("0o"), 8)
+
+
+def _pattern(pattern: str, wanted: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(f"{text!r} is not {wanted}")
+        return text
+
+    return parse
+
+
+def _text(text: str) -> str:
+    if not text or not text.isprintable():
+        raise ValueError(f"{text!r} is not a line of printable text")
+    return text
+
+
+def _path(text: str) -> Path:
+    """An absolute path. A relative one is relative to where forkd was started."""
+    return Path(_text(text)).expanduser().absolute()
+
+
+def integer(minimum: int, maximum: int) -> Kind[int]:
+    """Whole numbers from `minimum` to `maximum`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII):
+            raise ValueError(f"{text!r} is not a whole number")
+        if not minimum <= int(text) <= maximum:
+            raise ValueError(f"{text} is not from {minimum} to {maximum}")
+        return int(text)
+
+    return Kind("whole number", parse, str, {"type": "integer", "minimum": minimum, "maximum": maximum})
+
+
+def choice(*words: str) -> Kind[str]:
+    """One of a few words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return Kind(" or ".join(words), parse, str, {"enum": list(words)})
+
+
+def _or_word(word: str, kind: Kind[T]) -> Kind[T | None]:
+    """`kind`, or a word that is read as None."""
+    return Kind(
+        f"{kind.name} or {word}",
+        lambda text: None if text == word else kind.parse(text),
+        lambda value: word if value is None else kind.show(value),
+        {"anyOf": [kind.schema, {"const": word}]},
+        unset=word,
+    )
+
+
+#: Workers of one daemon at most; the scoreboard has rows for as many, and for as many again that drain.
+MOST_WORKERS = 512
+
+WORKERS = _or_word("auto", integer(1, MOST_WORKERS))
+DURATION = Kind(
+    "duration",
+    parse_duration,
+    show_duration,
+    {"anyOf": [{"type": "string", "pattern": f"^{_DURATION}$"}, {"const": 0}]},
+)
+SIZE = Kind(
+    "size",
+    parse_size,
+    show_size,
+    {"anyOf": [{"type": "string", "pattern": f"^{_SIZE}$"}, {"type": "integer", "minimum": 0}]},
+)
+RATE = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{_RATE}$"})
+BOOLEAN = Kind("true or false", parse_boolean, lambda value: str(value).lower(), {"type": "boolean"})
+MODE = Kind(
+    "file mode",
+    parse_mode,
+    lambda value: f"{value:04o}",
+    # An editor's YAML reads 0660 as a number, so both are right there.
+    {"anyOf": [{"type": "string", "pattern": "^(0o)?[0-7]{3,4}$"}, {"type": "integer", "minimum": 0}]},
+)
+TEXT = Kind("text", _text, str, {"type": "string", "minLength": 1})
+PATH = Kind("path", _path, str, {"type": "string", "minLength": 1})
+LOG_TARGET = _or_word("stderr", PATH)
+NAME = Kind(
+    "name",
+    _pattern(_NAME, "a name; write up to 64 letters, digits, dots, dashes and underscores"),
+    str,
+    {"type": "string", "pattern": f"^{_NAME}$"},
+)
+HANDLER = Kind(
+    "module:attribute",
+    _pattern(_HANDLER, "a handler; write module:attribute, as in chat.server:ChatProtocol"),
+    str,
+    {"type": "string", "pattern": f"^{_HANDLER}$"},
+)
+ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|unix:)"})

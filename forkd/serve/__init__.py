@@ -1,0 +1,1 @@
+"""The serving side: what runs in a worker. It never imports the master's side, and the master never imports it."""

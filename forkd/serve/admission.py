@@ -1,0 +1,39 @@
+"""Who should take the next client: rules alone, with no clock, socket or memory of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+#: Connections by which a worker may be ahead of the least loaded one whatever the numbers, and the fraction, as a
+#: shift, by which it may be ahead when they are large.
+SLACK = 2
+FRACTION = 5
+
+#: A worker whose last heartbeat is this many heartbeats old does not count as one that could take a client.
+STALE_BEATS = 2.5
+
+
+def is_fair(mine: int, least: int) -> bool:
+    """Whether a worker with `mine` connections may take one more while the least loaded one has `least`."""
+    return mine <= least + max(SLACK, least >> FRACTION)
+
+
+def least_load(rows: Iterable[tuple[int, int]], now: int, beat: int) -> int:
+    """The least load among workers that are alive.
+
+    Args:
+        rows: each worker's load and the time of its last heartbeat.
+        now: the time, on the heartbeats' clock.
+        beat: the time between two heartbeats.
+
+    Returns:
+        The least load; when nobody is alive, more than any load, so that whoever asks takes the client.
+    """
+    return min((load for load, seen in rows if now - seen < STALE_BEATS * beat), default=1 << 62)
+
+
+def next_try(waited: float, beat: float) -> float:
+    """How long a worker that is ahead waits before it looks again, from how long it waited last: from milliseconds,
+    twice as long each time, to a heartbeat. All in seconds.
+    """
+    return min(beat, max(0.005, waited * 2))

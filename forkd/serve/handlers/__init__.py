@@ -1,0 +1,1 @@
+"""Handler forms: how each is told apart and hosted. `load` alone imports user code."""

@@ -1,0 +1,100 @@
+"""Imports handlers and tells their forms apart. Nothing else imports the user's code."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+from forkd.config.options import Listener
+from forkd.errors import HandlerError
+
+Form = Literal["protocol", "streams"]
+
+_FORMS = "an asyncio.Protocol class or factory, or async def handle(reader, writer)"
+
+
+class Handler(NamedTuple):
+    """A handler and its form."""
+
+    form: Form
+    target: Any
+
+
+def add_to_path(directories: Sequence[Path]) -> None:
+    """Has handlers imported from these directories first."""
+    sys.path[:0] = [str(directory) for directory in directories if str(directory) not in sys.path]
+
+
+def load_handler(listener: Listener) -> Handler:
+    """Imports a listener's handler.
+
+    Raises:
+        HandlerError: it can't be imported, with the traceback of the user's code; or it is of no form that is hosted.
+    """
+    target = _import(listener.handler)
+    form = listener.kind if listener.kind != "auto" else _form(target, listener.handler)
+    if form == "streams":
+        _check_call(target, listener.handler, "a streams handler is called with a reader and a writer", None, None)
+        return Handler("streams", target)
+    _check_call(target, listener.handler, "a protocol class or factory is called with nothing")
+    return Handler("protocol", target)
+
+
+def _import(name: str) -> Any:
+    module_name, _, path = name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 (the handler's border: an import may raise anything, SystemExit too)
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            hint = "; it is looked for in the current directory, python_path and where Python keeps its packages"
+            raise HandlerError(f"{name}: there is no module {error.name!r}{hint}") from None
+        last = traceback.format_exception_only(error)[-1].strip()
+        raise HandlerError(f"{name}: importing {module_name} failed: {last}", _traceback(error)) from None
+    for part in path.split("."):
+        try:
+            target = getattr(target, part)
+        except AttributeError as error:
+            raise HandlerError(f"{name}: {error}") from None
+    return target
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback from the user's first line on: how forkd came to import it tells nobody anything."""
+    frame: TracebackType | None = error.__traceback__
+    while frame is not None and _is_machinery(frame.tb_frame.f_code.co_filename):
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(error.with_traceback(frame)))
+
+
+def _is_machinery(filename: str) -> bool:
+    return filename in (__file__, importlib.__file__) or filename.startswith("<frozen importlib")
+
+
+def _form(target: Any, name: str) -> Form:
+    if inspect.isclass(target):
+        if issubclass(target, asyncio.Protocol | asyncio.BufferedProtocol):
+            return "protocol"
+        raise HandlerError(f"{name}: forkd does not host the class {target.__qualname__}; it hosts {_FORMS}")
+    if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None)):  # noqa: B004
+        return "streams"
+    if callable(target):
+        return "protocol"
+    raise HandlerError(f"{name} is a {type(target).__name__}, which nobody can call; forkd hosts {_FORMS}")
+
+
+def _check_call(target: Any, name: str, manner: str, *arguments: object) -> None:
+    try:
+        inspect.signature(target).bind(*arguments)
+    except TypeError as error:
+        raise HandlerError(f"{name}: {manner}, but: {error}") from None
+    except ValueError:  # a callable in C that does not tell its signature
+        return

@@ -1,0 +1,99 @@
+"""The poll loop: asyncio's own, over a selector that serves forkd's descriptors itself.
+
+asyncio takes the selector that it is given, so timers, tasks and every asyncio library work as ever. But forkd's
+listeners and connections do not go through its generic path: inside `select` their callbacks are called straight from
+the list that epoll returned, again and again, until there is something that asyncio must see to: a descriptor of its
+own, a callback that was scheduled, a timer. What is called there must not raise: what does ends the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import selectors
+from asyncio import Handle, TimerHandle
+from collections.abc import Callable, Collection
+from contextvars import Context
+from time import monotonic
+from typing import Any
+
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+#: Readable, for one waiter alone of those that wait on the same listener (epoll_ctl(2), EPOLLEXCLUSIVE).
+IN_EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE
+
+#: Called with epoll's event mask when a descriptor is ready.
+Ready = Callable[[int], None]
+
+
+class PollSelector(selectors.EpollSelector):
+    """A selector for asyncio, with descriptors beside asyncio's that it serves itself.
+
+    Attributes:
+        served: what to call for each of forkd's descriptors; it may be there while epoll does not watch it.
+        epoll: the epoll object (epoll(7)); `register`, `modify` and `unregister` it for what is in `served` only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.served: dict[int, Ready] = {}
+        self.epoll: select.epoll = self._selector  # type: ignore[attr-defined]
+        self._scheduled: Collection[Handle] = ()
+        self._timer_set = False
+
+    def bind(self, scheduled: Collection[Handle]) -> None:
+        """Tells what asyncio calls next: while it is not empty, `select` returns after each round."""
+        self._scheduled = scheduled
+
+    def timer_set(self) -> None:
+        """Says that a timer was set, which may be due before the time that `select` was given."""
+        self._timer_set = True
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Serves forkd's descriptors until asyncio is wanted, or `timeout` seconds are over; asyncio's ready ones."""
+        poll, get_served, scheduled = self.epoll.poll, self.served.get, self._scheduled
+        for_asyncio: list[tuple[selectors.SelectorKey, int]] = []
+        wait = -1.0 if timeout is None else max(timeout, 0.0)
+        until = monotonic() + wait
+        while True:
+            events = poll(wait)
+            if len(events) > 1:
+                # Listeners were opened before any connection, so they have the lowest numbers and come first: the
+                # client that woke this worker alone should not wait for the work of all the others.
+                events.sort()
+            for fd, mask in events:
+                ready = get_served(fd)
+                if ready is not None:
+                    ready(mask)
+                elif (key := self._fd_to_key.get(fd)) is not None:  # type: ignore[attr-defined]
+                    for_asyncio.append((key, _asyncio_mask(mask) & key.events))
+            if for_asyncio or scheduled or self._timer_set or not events or wait == 0:
+                self._timer_set = False
+                return for_asyncio
+            if timeout is not None:
+                wait = until - monotonic()
+                if wait <= 0:
+                    return for_asyncio
+
+
+def _asyncio_mask(mask: int) -> int:
+    """epoll's mask as `selectors` has it: what is neither plain reading nor plain writing (HUP, ERR) is both."""
+    return (selectors.EVENT_WRITE if mask & ~IN else 0) | (selectors.EVENT_READ if mask & ~OUT else 0)
+
+
+class PollLoop(asyncio.SelectorEventLoop):
+    """asyncio's event loop over a `PollSelector`."""
+
+    def __init__(self) -> None:
+        self.selector = PollSelector()
+        super().__init__(self.selector)
+        # asyncio keeps one deque of callbacks for the loop's life. Looking whether it is empty costs nothing;
+        # overriding call_soon to be told would cost every task and future a call.
+        self.selector.bind(self._ready)  # type: ignore[attr-defined]
+
+    def call_at(  # type: ignore[override]  # the stub's variadic generic is no wider
+        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> TimerHandle:
+        """As asyncio's; also ends the selector's wait, which was reckoned without this timer."""
+        self.selector.timer_set()
+        return super().call_at(when, callback, *args, context=context)

@@ -1,0 +1,236 @@
+"""The sending half of a connection: writes that never block, what the socket did not take, and flow control.
+
+asyncio's contract again, so that the handler's pause_writing and resume_writing come when they would from asyncio's own
+transport. `write` is on the path of every request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from asyncio import constants, transports
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast
+
+from forkd.serve.loop import OUT, PollLoop
+
+log = logging.getLogger("forkd.transport")
+
+_IOV_MAX = 1024  # of sendmsg(2), limits.h
+_HIGH_WATER = 64 * 1024  # asyncio's defaults: pause_writing above the one, resume_writing at the other
+_LOW_WATER = _HIGH_WATER // 4
+
+#: Stands for "no fast writes" where there is nothing unsent; never appended to.
+SHUT = bytearray()
+
+_GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class WriteBufferFull(ConnectionAbortedError):
+    """The handler wrote again while more than the listener's `limits.write_buffer` was unsent: the client does not
+    read.
+
+    It is what `connection_lost` is called with.
+    """
+
+
+class Keeper(Protocol):
+    """Who is told of a connection's fate, to count it."""
+
+    @property
+    def write_limit(self) -> int:
+        """Unsent bytes above which a further write ends the connection; 0: no limit."""
+
+    @property
+    def closed(self) -> Callable[[], None]:
+        """Called when a connection is over."""
+
+    @property
+    def failed(self) -> Callable[[], None]:
+        """Called when a handler has raised."""
+
+
+class SendingHalf(transports._FlowControlMixin):
+    """What a transport needs for sending; the connection's end is its subclass's."""
+
+    __slots__ = (
+        "_closing",
+        "_conn_lost",
+        "_eof_sent",
+        "_fd",
+        "_interest",
+        "_keeper",
+        "_out",
+        "_peer",
+        "_protocol",
+        "_send",
+        "_sock",
+    )
+
+    def __init__(
+        self, loop: PollLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, peer: Any, keeper: Keeper
+    ) -> None:
+        # The mixin's and the base's own __init__ would take a dictionary and several calls; these are their fields.
+        self._loop = loop
+        self._protocol_paused = False
+        self._high_water = _HIGH_WATER
+        self._low_water = _LOW_WATER
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._send = sock.send
+        self._protocol = protocol
+        self._peer = peer
+        self._keeper = keeper
+        self._out: bytearray | None = None  # unsent bytes; None: nothing is unsent and `write` may send at once
+        self._interest = 0  # what epoll watches this descriptor for
+        self._closing = False
+        self._eof_sent = False
+        self._conn_lost = 0
+
+    def _force_close(self, error: BaseException | None) -> None:
+        """Ends the connection at once; the protocol is told later."""
+        raise NotImplementedError
+
+    def _connection_lost(self, error: BaseException | None) -> None:
+        """Tells the protocol, and closes the socket."""
+        raise NotImplementedError
+
+    def write(self, data: Buffer) -> None:
+        """Sends what the socket takes now, keeps the rest and sends it later; never blocks."""
+        if self._out is not None:
+            self._write_later(data)
+            return
+        try:
+            sent = self._send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self._write_failed(error)
+            return
+        if sent != len(data):
+            self._keep(data, sent)
+
+    def writelines(self, list_of_data: Iterable[Buffer]) -> None:
+        """Sends several pieces as one, by a single sendmsg(2) where nothing waits before them."""
+        pieces = list(list_of_data)
+        if self._out is not None or not 1 < len(pieces) <= _IOV_MAX:
+            self.write(b"".join(pieces))
+            return
+        try:
+            sent = self._sock.sendmsg(pieces)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self._write_failed(error)
+            return
+        if sent != sum(map(len, pieces)):
+            self._keep(b"".join(pieces), sent)
+
+    def _keep(self, data: Buffer, sent: int) -> None:
+        """Keeps what the socket did not take."""
+        rest = memoryview(data).cast("B")[sent:]
+        if not rest:  # a view of items wider than a byte was sent whole
+            return
+        self._out = bytearray(rest)
+        self._watch(self._interest | OUT)
+        self._maybe_pause_protocol()  # type: ignore[attr-defined]
+
+    def _write_later(self, data: Buffer) -> None:
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self._eof_sent:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if not data:
+            return
+        if self._conn_lost:
+            if self._conn_lost == constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
+                log.warning("a handler goes on writing to a closed connection: %r", self._protocol)
+            self._conn_lost += 1
+            return
+        assert self._out is not None  # noqa: S101 (for the type checker)
+        if 0 < self._keeper.write_limit < len(self._out):
+            log.warning("closed a client that does not read: %d bytes unsent, %s", len(self._out), self._name())
+            self._force_close(WriteBufferFull(f"{len(self._out)} bytes unsent"))
+            return
+        self._out += data
+        self._maybe_pause_protocol()  # type: ignore[attr-defined]
+
+    def _flush(self) -> None:
+        out = cast(bytearray, self._out)
+        try:
+            sent = self._send(out)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._write_failed(error)
+            return
+        del out[:sent]
+        if not out:
+            self._out = SHUT if self._closing or self._eof_sent else None
+        # The handler may write, close or abort in it.
+        self._maybe_resume_protocol()  # type: ignore[attr-defined]
+        if self._out or self._conn_lost:
+            return
+        self._watch(self._interest & ~OUT)
+        if self._closing:
+            self._conn_lost += 1
+            self._connection_lost(None)
+        elif self._eof_sent:
+            self._shut_down()
+
+    def _write_failed(self, error: OSError) -> None:
+        if self._conn_lost:
+            return
+        self._report(error, "Fatal write error on socket transport")
+        self._force_close(error)
+
+    def can_write_eof(self) -> bool:
+        """True: a stream socket can be closed for one direction."""
+        return True
+
+    def write_eof(self) -> None:
+        """Closes the sending side when all is sent; data is received on."""
+        if self._closing or self._eof_sent:
+            return
+        self._eof_sent = True
+        if self._out is None:
+            self._out = SHUT
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:  # the peer has reset the connection, which the next read will say
+            log.debug("shutdown(SHUT_WR): %s", error)
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that are unsent."""
+        return len(self._out) if self._out else 0
+
+    def _watch(self, interest: int) -> None:
+        """Has epoll watch for this and nothing else. Of a descriptor that nothing is wanted of it is told nothing, or
+        it would report a hang-up for ever.
+        """
+        before, self._interest = self._interest, interest
+        if interest == before:
+            return
+        epoll = self._loop.selector.epoll
+        if not before:
+            epoll.register(self._fd, interest)
+        elif interest:
+            epoll.modify(self._fd, interest)
+        else:
+            epoll.unregister(self._fd)
+
+    def _report(self, error: OSError, message: str) -> None:
+        """A client that goes away is no event; anything else is."""
+        if isinstance(error, _GONE):
+            log.debug("%s: %s: %s", self._name(), message, error)
+        else:
+            log.warning("%s: %s: %s", self._name(), message, error)
+
+    def _name(self) -> str:
+        return f"client {self._peer!r}" if self._peer else f"descriptor {self._fd}"

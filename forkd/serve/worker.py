@@ -1,0 +1,212 @@
+"""A worker: wires listeners, handlers and the poll loop together, serves until told to drain, and ends.
+
+`run_worker` is what a forked child runs. It reports on its channel: ready, or why it could not boot. The master speaks
+to it by signals alone; end of file on the channel means that the master is dead, and then the worker is soon gone too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+from forkd import signals
+from forkd.config.options import Settings
+from forkd.errors import HandlerError
+from forkd.serve.accept import BEAT, Acceptor, Balance, Tally
+from forkd.serve.handlers.load import Handler, add_to_path, load_handler
+from forkd.serve.handlers.protocol import ProtocolServer
+from forkd.serve.handlers.streams import streams_factory
+from forkd.serve.loop import IN, PollLoop
+from forkd.serve.transport import Transport
+from forkd.system.channel import Channel, ChannelClosed
+from forkd.system.logs import set_role
+from forkd.system.process import set_title, signal_when_parent_dies
+from forkd.system.scoreboard import Field, Row, Scoreboard
+from forkd.system.sockets import BoundListener
+
+log = logging.getLogger("forkd.worker")
+
+#: Exit statuses of a worker.
+DONE = 0
+COULD_NOT_BOOT = 3
+
+#: Seconds that connections have to end when the master is dead: a new master will want the port and the memory. A loop
+#: that stands still does not count them, so an alarm ends the process a little later.
+ORPHANED = 1.0
+_ALARM = 0.5
+
+#: Seconds that closed connections have to send what is unsent, and tasks to see to their cancellation, at the very end.
+_LAST_WORDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """A worker's place: what the master gives it at the fork."""
+
+    slot: int
+    row: Row
+    channel: Channel
+    master: int  # its pid
+
+
+def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Scoreboard, station: Station) -> int:
+    """Runs a worker to its end in a process of its own; the exit status."""
+    set_role(f"worker {station.slot}")
+    set_title(settings.name, f"worker {station.slot} (booting)")
+    if not signal_when_parent_dies(signals.DRAIN, station.master):
+        return COULD_NOT_BOOT
+    handlers = []
+    for handler in import_handlers(settings):
+        if isinstance(handler, HandlerError):
+            station.channel.send({"event": "failed", "reason": str(handler), "details": handler.details})
+            return COULD_NOT_BOOT
+        handlers.append(handler)
+    # What was imported stays; the collector need not walk it again and again, nor dirty the pages it shares.
+    gc.collect()
+    gc.freeze()
+    loop = PollLoop()
+    asyncio.set_event_loop(loop)
+    worker = Worker(settings, board, station, loop)
+    loop.call_soon(worker.begin, listeners, handlers)
+    loop.run_forever()
+    worker.clean_up()
+    return DONE
+
+
+def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
+    """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
+    add_to_path(settings.python_path or [Path.cwd()])
+    for listener in settings.listen:
+        try:
+            yield load_handler(listener)
+        except HandlerError as error:
+            yield error
+
+
+class Worker:
+    """The state of a running worker."""
+
+    def __init__(self, settings: Settings, board: Scoreboard, station: Station, loop: PollLoop) -> None:
+        self._settings = settings
+        self._station = station
+        self._loop = loop
+        self._tally = Tally(station.row)
+        self._balance = Balance(loop, board, self._tally)
+        self._draining = False
+        self._next_beat = loop.time()
+        self._title = ""
+
+    def begin(self, listeners: Sequence[BoundListener], handlers: Sequence[Handler]) -> None:
+        """Takes clients, and tells the master so."""
+        for signum, action in ((signals.DRAIN, self.drain), (signals.CLOSE, self.close)):
+            self._loop.add_signal_handler(signum, action)
+        # asyncio's own handler does nothing, and its loop hears of a signal only when it comes round. This one is
+        # called, between two lines of Python, in a loop that a handler holds up too.
+        signal.signal(signals.DRAIN, self._check_on_master)
+        channel = self._station.channel
+        self._loop.selector.served[channel.fileno()] = self._channel_ready
+        self._loop.selector.epoll.register(channel.fileno(), IN)
+        self._beat()
+        channel.send({"event": "ready"})
+        self._balance.start(
+            [
+                Acceptor(self._loop, sock, self._server(bound, handler), self._balance)
+                for bound, handler in zip(listeners, handlers, strict=True)
+                for sock in bound.sockets
+            ]
+        )
+        log.debug("serves")
+
+    def _server(self, bound: BoundListener, handler: Handler) -> ProtocolServer:
+        factory = handler.target
+        if handler.form == "streams":
+            factory = streams_factory(handler.target, self._loop, self._tally)
+        return ProtocolServer(self._loop, factory, self._tally, bound.listener.limits.write_buffer)
+
+    def _beat(self) -> None:
+        """Once a heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
+        now, row = self._loop.time(), self._station.row
+        row[Field.HEARTBEAT] = monotonic_ns()
+        row[Field.LAG] = max(0, int((now - self._next_beat) * 1e9))
+        self._show()
+        self._balance.beat()
+        self._next_beat = now + BEAT
+        self._loop.call_at(self._next_beat, self._beat)
+
+    def _show(self) -> None:
+        state = "draining, " if self._draining else ""
+        active = self._tally.active
+        title = f"worker {self._station.slot} ({state}{active} client{'' if active == 1 else 's'})"
+        if title != self._title:
+            self._title = title
+            set_title(self._settings.name, title)
+
+    # The end
+
+    def _check_on_master(self, *_: Any) -> None:
+        """On the signal to drain, which the kernel also sends when the master dies."""
+        if os.getppid() != self._station.master:
+            signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
+
+    def _channel_ready(self, mask: int) -> None:
+        try:
+            self._station.channel.receive()
+        except ChannelClosed:
+            self._loop.selector.epoll.unregister(self._station.channel.fileno())
+            if not self._draining:
+                log.error("the master is gone; ends within %.0f s", ORPHANED)
+            signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
+            self.drain(ORPHANED)
+
+    def drain(self, seconds: float | None = None) -> None:
+        """Takes no more clients; ends when those that are here have gone, or when their time is up."""
+        if os.getppid() != self._station.master:
+            seconds = ORPHANED
+        if seconds is None:
+            seconds = self._settings.drain_timeout
+        if not self._draining:
+            self._draining = True
+            self._balance.stop()
+            self._tally.on_closed = self._one_less
+            self._show()
+        self._loop.call_later(seconds, self.close)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        if self._tally.active == 0:
+            self._loop.stop()
+
+    def close(self) -> None:
+        """Closes every connection, and ends."""
+        if not self._draining:
+            self.drain(0)
+            return
+        if self._tally.active:
+            log.info("closes %d connections", self._tally.active)
+        for transport in self._transports():
+            transport.close()
+        self._loop.call_later(_LAST_WORDS, self._loop.stop)
+
+    def _transports(self) -> list[Transport]:
+        owners = [getattr(ready, "__self__", None) for ready in self._loop.selector.served.values()]
+        return [owner for owner in owners if isinstance(owner, Transport)]
+
+    def clean_up(self) -> None:
+        """After the loop has stopped: ends what still runs on it, within bounded time."""
+        self._tally.on_closed = None
+        for transport in self._transports():
+            transport.abort()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_LAST_WORDS))
+        self._loop.run_until_complete(asyncio.wait_for(self._loop.shutdown_asyncgens(), _LAST_WORDS))

@@ -1,0 +1,211 @@
+"""Listening sockets: bound, set up and checked here, closed here; they belong to the master.
+
+A unix socket's path is taken over only from a dead owner, and removed only while it is still the file that we made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import grp
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forkd.config.address import Address
+from forkd.config.options import Listener
+from forkd.errors import AddressInUse, ForkdError
+from forkd.system.holders import holder_of
+
+
+@dataclass(slots=True)
+class BoundListener:
+    """A listener and its sockets.
+
+    Attributes:
+        listener: its settings.
+        address: where it really listens: with the port that the kernel chose where the settings say 0.
+        sockets: one for each address that the host's name stands for; one in all other cases.
+        inode: device and inode of a unix socket's path, else None.
+    """
+
+    listener: Listener
+    address: Address
+    sockets: list[socket.socket]
+    inode: tuple[int, int] | None = None
+
+    def close(self) -> None:
+        """Closes the sockets in this process; the listener lives on in others that have them."""
+        for sock in self.sockets:
+            sock.close()
+
+    def remove(self) -> None:
+        """Closes the sockets and removes a unix socket's path, if it is still the one that was made here."""
+        self.close()
+        if self.inode is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if _inode(self.address.path) == self.inode:
+                    Path(self.address.path).unlink()
+
+
+def bind_listener(listener: Listener) -> BoundListener:
+    """Binds and listens.
+
+    Raises:
+        AddressInUse: somebody else listens there; the message says who, where that can be told.
+        ForkdError: the address can't be had for another reason.
+    """
+    address = listener.address
+    try:
+        return _bind_unix(listener) if address.scheme == "unix" else _bind_tcp(listener)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            holder = holder_of(address)
+            raise AddressInUse(f"{address} is in use" + (f" by {holder}" if holder else "")) from None
+        raise ForkdError(f"can't listen on {address}: {_explained(error, address)}") from None
+
+
+def bind_all(listeners: tuple[Listener, ...]) -> list[BoundListener]:
+    """Binds every listener, or none: what was bound is closed again when one can't be. Raises as `bind_listener`."""
+    bound: list[BoundListener] = []
+    with contextlib.ExitStack() as undo:
+        for listener in listeners:
+            bound.append(bind_listener(listener))
+            undo.callback(bound[-1].remove)
+        undo.pop_all()
+    return bound
+
+
+def probe_listener(listener: Listener) -> None:
+    """Whether an address could be bound now, leaving everything as it is. Raises as `bind_listener`."""
+    address = listener.address
+    if address.scheme == "tcp" or address.abstract:
+        bind_listener(listener).remove()
+        return
+    directory = Path(address.path).parent
+    if not os.access(directory, os.W_OK | os.X_OK):
+        why = "can't write to" if directory.is_dir() else "there is no"
+        raise ForkdError(f"can't listen on {address}: {why} directory {directory}")
+    if Path(address.path).exists() and _somebody_listens(address.path):
+        raise AddressInUse(f"{address} is in use")
+
+
+def _explained(error: OSError, address: Address) -> str:
+    if error.errno == errno.EACCES and address.scheme == "tcp" and address.port < 1024:
+        return "ports below 1024 are for root, or for who has CAP_NET_BIND_SERVICE"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{address.host} is no address of this machine"
+    return error.strerror or str(error)
+
+
+def _bind_tcp(listener: Listener) -> BoundListener:
+    address = listener.address
+    infos = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    port = address.port
+    with contextlib.ExitStack() as undo:
+        sockets = []
+        for family, host in dict.fromkeys((info[0], str(info[4][0])) for info in infos):
+            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Accepted sockets inherit it on Linux (tcp(7)): set once here, it costs no connection anything.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family == socket.AF_INET6:  # so that [::]:80 and 0.0.0.0:80 can both be listened on (ipv6(7))
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((host, port))
+            port = sock.getsockname()[1]
+            _listen(sock, listener)
+            sockets.append(sock)
+        undo.pop_all()
+    return BoundListener(listener, Address("tcp", host=address.host, port=port), sockets)
+
+
+def _bind_unix(listener: Listener) -> BoundListener:
+    address = listener.address
+    with contextlib.ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        if address.abstract:
+            sock.bind("\0" + address.path[1:])
+            inode = None
+        else:
+            take_path(sock, address.path, mode=0o666 & ~current_umask() if listener.mode is None else listener.mode)
+            inode = _inode(address.path)
+            undo.callback(Path(address.path).unlink)
+            uid, gid = _number(listener.owner, _uid), _number(listener.group, _gid)
+            if (uid, gid) != (-1, -1):
+                os.chown(address.path, uid, gid, follow_symlinks=False)
+        _listen(sock, listener)
+        undo.pop_all()
+    return BoundListener(listener, address, [sock], inode)
+
+
+def take_path(sock: socket.socket, path: str, mode: int) -> None:
+    """Binds a unix socket to a path with these permissions, never for a moment with wider ones.
+
+    A socket file whose owner is dead is replaced; one that somebody listens on is not.
+
+    Raises:
+        OSError: EADDRINUSE for a live owner or a file that is no socket, else as bind(2) and chmod(2).
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        os.unlink(path)
+    before = os.umask(0o777)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(before)
+    os.chmod(path, mode)
+
+
+def current_umask() -> int:
+    """The umask; the kernel tells it only to who sets it (umask(2))."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _somebody_listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:  # EAGAIN: its backlog is full; EACCES, EPROTOTYPE: not ours to judge
+            return True
+        return True
+
+
+def _listen(sock: socket.socket, listener: Listener) -> None:
+    sock.setblocking(False)
+    sock.listen(listener.backlog)
+
+
+def _inode(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def _uid(name: str) -> int:
+    return pwd.getpwnam(name).pw_uid
+
+
+def _gid(name: str) -> int:
+    return grp.getgrnam(name).gr_gid
+
+
+def _number(name: str | None, look_up: Callable[[str], int]) -> int:
+    """A user's or group's number; -1, which chown(2) takes for "leave it", for None."""
+    if name is None:
+        return -1
+    if name.isdigit():
+        return int(name)
+    try:
+        return look_up(name)
+    except KeyError:
+        raise ForkdError(f"there is no user or group {name!r} on this machine") from None
