@@ -15,11 +15,11 @@ from forkd.config.units import MOST_WORKERS
 from forkd.errors import BootError
 from forkd.master.control import ControlSocket
 from forkd.master.master import Master
-from forkd.system.channel import Channel
+from forkd.master.spawn import ChildMain
 from forkd.system.logs import open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
 from forkd.system.process import processors
-from forkd.system.scoreboard import Row, Scoreboard
+from forkd.system.scoreboard import Scoreboard
 from forkd.system.sockets import BoundListener, bind_all
 
 log = logging.getLogger("forkd")
@@ -77,45 +77,44 @@ def serve(
     on_ready: Callable[[], None],
     abandon: Callable[[], None],
 ) -> None:
-    """Runs the master to its end.
+    """Runs the master to its end, with what `holding` gave.
 
     Args:
-        settings: the daemon's.
-        run: its run directory, locked.
-        bound: its listeners.
         on_ready: called once, when every worker serves.
         abandon: closes, in a worker, what is the master's alone.
 
     Raises:
         BootError: it gave up.
     """
-    # Imported before the fork so that the workers share it, and here so that the commands that start nothing don't pay.
-    from forkd.serve.worker import Station, run_worker  # noqa: PLC0415
-
     if settings.working_directory is not None:
         os.chdir(settings.working_directory)
     run.pid_file.write()
     selector = selectors.DefaultSelector()
     control = ControlSocket(run.control, selector)
     board = Scoreboard(2 * MOST_WORKERS)
-    master_pid = os.getpid()
-
-    def child_main(slot: int, row: Row, channel: Channel) -> int:
-        return run_worker(settings, bound, board, Station(slot, row, channel, master_pid))
-
+    master = Master(
+        settings,
+        bound,
+        board,
+        wanted=wanted_workers(settings),
+        control=control,
+        selector=selector,
+        child_main=_child_main(settings, bound, board),
+        abandon=abandon,
+        on_ready=on_ready,
+    )
     gc.collect()
     gc.freeze()  # what the workers share stays shared: the collector would write to every page of it
     try:
-        Master(
-            settings,
-            bound,
-            board,
-            wanted=wanted_workers(settings),
-            control=control,
-            selector=selector,
-            child_main=child_main,
-            abandon=abandon,
-            on_ready=on_ready,
-        ).run()
+        master.run()
     finally:
         control.remove()
+
+
+def _child_main(settings: Settings, bound: list[BoundListener], board: Scoreboard) -> ChildMain:
+    """What a forked child of this process runs."""
+    # Imported before the fork so that the workers share it, and here so that the commands that start nothing don't pay.
+    from forkd.serve.worker import Station, run_worker  # noqa: PLC0415
+
+    master = os.getpid()
+    return lambda slot, row, channel: run_worker(settings, bound, board, Station(slot, row, channel, master))

@@ -22,6 +22,9 @@ exit status: 0 done, 1 failed, 64 wrong command line, 78 wrong settings;
 of status: 0 running, 1 dead with a pid file, 3 stopped"""
 
 
+_Commands = Any  # argparse has no public name for what add_subparsers returns
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -59,36 +62,37 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"forkd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, run: str, sentence: str, target: str = "") -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".", allow_abbrev=False
-        )
-        command.set_defaults(run=_later(run))
-        if target:
-            command.add_argument("target", metavar="TARGET", nargs="?", help=target)
-            _add_identity(command)
-        return command
-
     for name, run, sentence in (
         ("run", "lifecycle:run", "run in the foreground, logging to stderr"),
         ("start", "lifecycle:start", "start in the background; return when every worker is ready"),
         ("restart", "lifecycle:restart", "check the settings, stop, and start again"),
         ("check", "look:check", "check settings, addresses and handlers, and tell all mistakes at once"),
     ):
-        _add_settings(add(name, run, sentence, _TARGET))
-    stop = add("stop", "lifecycle:stop", "let open connections end, then end; return when it is done", _RUNNING)
+        _add_settings(_add(commands, name, run, sentence, _TARGET))
+    stop = _add(commands, "stop", "lifecycle:stop", "let open connections end, then end; return when done", _RUNNING)
     stop.add_argument("--now", action="store_true", help="close open connections at once")
-    status = add(
-        "status", "look:status", "tell about the master, the workers, the listeners and recent deaths", _RUNNING
-    )
+    status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
     status.add_argument("--json", action="store_true", help="as one JSON object")
-    scale = add("scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
+    scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
     scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
-    schema = add("schema", "look:schema", "print the JSON Schema of a settings file, for editors")
-    schema.add_argument("--markdown", action="store_true", help="print the reference page of all settings instead")
-    completion = add("completion", "look:completion", "print a shell's completion of this command line")
+    schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
+    completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
     completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
     return parser
+
+
+def _add(commands: _Commands, name: str, run: str, sentence: str, target: str = "") -> argparse.ArgumentParser:
+    """Adds a command: its name, the function of this package that runs it, what it does, what its TARGET is."""
+    described = sentence[0].upper() + sentence[1:] + "."
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=sentence, description=described, allow_abbrev=False
+    )
+    command.set_defaults(run=_later(run))
+    if target:
+        command.add_argument("target", metavar="TARGET", nargs="?", help=target)
+        _add_identity(command)
+    return command
 
 
 def _add_identity(command: argparse.ArgumentParser) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from forkd.config import units
-from forkd.config.load import Loaded, Override, read_settings
+from forkd.config.load import Loaded, read_settings
 from forkd.config.options import BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
+from forkd.config.override import Override
 from forkd.errors import ConfigError, UsageError
 from forkd.system.pidfile import RunDirectory
 

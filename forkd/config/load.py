@@ -8,7 +8,7 @@ walker reads both. The pure-Python composer is used on purpose: on deep nesting 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
+from forkd.config.override import Override, empty_mapping, graft, made_mark
 from forkd.config.units import Kind
 from forkd.errors import ConfigError, Problem
 
@@ -25,22 +26,6 @@ LARGEST = 1 << 20
 Keys = tuple[str | int, ...]
 
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
-_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """One setting given on the command line.
-
-    Attributes:
-        key: dotted, as in `log.level`; `listen.backlog` means every listener, `listen.0.backlog` the first.
-        value: the text of a scalar (or of a sequence of them, `[a, b]`), or what YAML would hold there.
-        where: the option as the user typed it, for messages.
-    """
-
-    key: str
-    value: str | Sequence[Mapping[str, str]]
-    where: str
 
 
 @dataclass(slots=True)
@@ -58,7 +43,7 @@ class Loaded:
 
     def where(self, *keys: str | int) -> str:
         """Where a setting was given, as messages say it; or that it was not."""
-        return _where(self.places.get(keys) or _mark(_name(keys)))
+        return _where(self.places.get(keys) or made_mark(_name(keys)))
 
     def problem(self, mark: yaml.Mark, message: str) -> None:
         self.problems.append(Problem(_where(mark), message))
@@ -90,9 +75,12 @@ def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: d
     reading = Loaded()
     root = _compose(path, reading) if path else None
     if root is None:
-        root = yaml.MappingNode(_MAP, [], _mark(str(path or "settings")), _mark(str(path or "settings")))
+        root = empty_mapping(str(path or "settings"))
     for override in overrides:
-        _graft(root, override, reading)
+        try:
+            graft(root, override)
+        except ValueError as error:
+            reading.problem(made_mark(override.where), str(error))
     values = _section(root, Settings, (), reading, base or {})
     _check_listeners(values.get("listen", ()), reading)
     reading.problems.sort(key=_position)
@@ -108,11 +96,6 @@ def _position(problem: Problem) -> tuple[str, list[int]]:
     return name, [int(number) for number in numbers if number.isdigit()]
 
 
-def _mark(name: str) -> yaml.Mark:
-    """A mark for what stands in no file: `name` alone says where it is from."""
-    return yaml.Mark(name, 0, -1, -1, None, 0)
-
-
 def _where(mark: yaml.Mark) -> str:
     return f"{mark.name}:{mark.line + 1}:{mark.column + 1}" if mark.line >= 0 else mark.name
 
@@ -122,25 +105,25 @@ def _compose(path: Path, reading: Loaded) -> yaml.MappingNode | None:
         with path.open("rb") as stream:
             data = stream.read(LARGEST + 1)
     except OSError as error:
-        reading.problem(_mark(str(path)), f"can't be read: {error.strerror}")
+        reading.problem(made_mark(str(path)), f"can't be read: {error.strerror}")
         return None
     if len(data) > LARGEST:
-        reading.problem(_mark(str(path)), f"is over {LARGEST} bytes, which no settings file needs")
+        reading.problem(made_mark(str(path)), f"is over {LARGEST} bytes, which no settings file needs")
         return None
     try:
         loader = yaml.SafeLoader(data)
         loader.name = str(path)
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark or _mark(str(path))
+        mark = error.problem_mark or error.context_mark or made_mark(str(path))
         hint = "; YAML is indented by spaces, not tabs" if "\\t" in str(error.problem) else ""
         reading.problem(mark, f"not YAML: {error.problem or error.context}{hint}")
         return None
     except yaml.YAMLError as error:
-        reading.problem(_mark(str(path)), f"not YAML: {str(error).splitlines()[0]}")
+        reading.problem(made_mark(str(path)), f"not YAML: {str(error).splitlines()[0]}")
         return None
     except RecursionError:
-        reading.problem(_mark(str(path)), "is nested too deeply")
+        reading.problem(made_mark(str(path)), "is nested too deeply")
         return None
     if root is None:  # an empty file, or comments alone
         return None
@@ -148,49 +131,6 @@ def _compose(path: Path, reading: Loaded) -> yaml.MappingNode | None:
         reading.problem(root.start_mark, f"expected settings as `key: value`, found {_what(root)}")
         return None
     return root
-
-
-def _graft(root: yaml.MappingNode, override: Override, reading: Loaded) -> None:
-    """Puts an override's value into the graph, in the place of whatever stands there."""
-    mark = _mark(override.where)
-    value = _node(override.value, mark)
-    parents: list[yaml.Node] = [root]
-    *path, last = override.key.split(".")
-    for part in path:
-        parents = [child for parent in parents for child in _children(parent, part, mark)]
-    if not parents:
-        reading.problem(mark, f"there is no {override.key.rpartition('.')[0]} to set it in")
-    for parent in parents:
-        for mapping in parent.value if isinstance(parent, yaml.SequenceNode) else [parent]:
-            if isinstance(mapping, yaml.MappingNode):
-                mapping.value = [pair for pair in mapping.value if pair[0].value != last]
-                mapping.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
-
-
-def _node(value: str | Sequence[Any] | Mapping[str, Any], mark: yaml.Mark) -> yaml.Node:
-    """A value from the command line as YAML would have it; text in brackets is a sequence, other text itself."""
-    if isinstance(value, Mapping):
-        pairs = [(_node(key, mark), _node(item, mark)) for key, item in value.items()]
-        return yaml.MappingNode(_MAP, pairs, mark, mark)
-    if isinstance(value, str) and not (value.startswith("[") and value.endswith("]")):
-        return yaml.ScalarNode(_STR, value, mark, mark)
-    items = [item.strip() for item in value[1:-1].split(",") if item.strip()] if isinstance(value, str) else value
-    return yaml.SequenceNode(_SEQ, [_node(item, mark) for item in items], mark, mark)
-
-
-def _children(parent: yaml.Node, part: str, mark: yaml.Mark) -> list[yaml.Node]:
-    if isinstance(parent, yaml.SequenceNode):
-        if part.isdigit():
-            return list(parent.value[int(part) : int(part) + 1])
-        return [child for item in parent.value for child in _children(item, part, mark)]
-    if not isinstance(parent, yaml.MappingNode):
-        return []
-    for key, value in parent.value:
-        if key.value == part:
-            return [value]
-    child = yaml.MappingNode(_MAP, [], mark, mark)
-    parent.value.append((yaml.ScalarNode(_STR, part, mark, mark), child))
-    return [child]
 
 
 def _what(node: yaml.Node) -> str:
@@ -288,7 +228,7 @@ def _check_listeners(listeners: Sequence[Listener], reading: Loaded) -> None:
     for index, listener in enumerate(listeners):
         if listener is _WRONG:
             continue
-        place = reading.places.get(("listen", index, "address"), _mark("listen"))
+        place = reading.places.get(("listen", index, "address"), made_mark("listen"))
         text = str(listener.address)
         if text in at and not (listener.address.scheme == "tcp" and listener.address.port == 0):
             reading.problem(place, f"listen[{index}].address: {text} stands at listen[{at[text]}] already")

@@ -6,12 +6,10 @@ module holds the state between them, and never blocks: starting and stopping are
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import selectors
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ from forkd.master import plan, report
 from forkd.master.control import ControlSocket
 from forkd.master.requests import Requests
 from forkd.master.spawn import ChildMain, Exit, Spawner, Worker
+from forkd.master.wakeup import Wakeup
 from forkd.signals import Order
 from forkd.states import Event, Life, Mode, Turn, next_life, next_mode
 from forkd.system.channel import ChannelClosed
@@ -88,7 +87,7 @@ class Master:
         self._requests = Requests(self)
         self._spawner = Spawner(child_main, board, self._abandon)
         self._abandon_more = abandon
-        self._wakeup, self._wakeup_sender = socket.socketpair()
+        self._wakeup = Wakeup()
 
     def run(self) -> None:
         """Runs the daemon to its end.
@@ -97,7 +96,8 @@ class Master:
             BootError: it gave up, because workers can't be had.
         """
         set_title(self.settings.name, "master")
-        self._install_signals()
+        self._wakeup.install()
+        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda mask: self._signalled())
         self._control.serve(self._requests.answer)
         log.info("starts %d workers on %s", self.wanted, ", ".join(str(bound.address) for bound in self.listeners))
         while self.mode is not Mode.OVER:
@@ -131,7 +131,10 @@ class Master:
             case plan.Retire(pid):
                 self._tell(self.workers[pid], Turn.RETIRE, signals.DRAIN)
             case plan.Close(pid):
-                self._tell(self.workers[pid], Turn.CLOSE, signals.CLOSE)
+                worker = self.workers[pid]
+                # One that boots has no client and no handler for CLOSE, whose default is to dump core.
+                booting = worker.life is Life.BOOTING
+                self._tell(worker, Turn.CLOSE, signals.DRAIN if booting else signals.CLOSE)
             case plan.Kill(pid, cause):
                 worker = self.workers[pid]
                 worker.cause = worker.cause or cause
@@ -219,9 +222,8 @@ class Master:
             worker.channel.close()
 
     def _could_not_boot(self, worker: Worker, reason: str, details: str) -> None:
-        worker.cause = f"could not boot: {reason}"
+        worker.cause, worker.details = f"could not boot: {reason}", details
         self.last_failure = BootError(f"worker {worker.slot} could not boot: {reason}", details)
-        log.error("worker %d (pid %d) %s%s", worker.slot, worker.pid, worker.cause, f"\n{details}" if details else "")
 
     def _reap(self) -> None:
         for ended in self._spawner.reap():
@@ -248,43 +250,32 @@ class Master:
             worker.cause = "ended before it was ready"
             self.last_failure = BootError(f"worker {worker.slot} ended before it was ready: {ended}")
         self.deaths.append(report.certificate(worker, ended, now, expected=expected))
-        log.log(
-            logging.INFO if expected else logging.ERROR,
-            "worker %d (pid %d) has ended: %s%s",
-            worker.slot, worker.pid, ended, f", {worker.cause}" if worker.cause else "",
-        )  # fmt: skip
+        self._log_death(worker, ended, expected=expected)
         self._live(worker, Turn.EXIT)
         worker.row.clear()
+
+    @staticmethod
+    def _log_death(worker: Worker, ended: Exit, *, expected: bool) -> None:
+        words = f"worker {worker.slot} (pid {worker.pid}) has ended: {ended}"
+        words += f", {worker.cause}" if worker.cause else ""
+        words += f"\n{worker.details.rstrip()}" if worker.details else ""
+        # One that drained on somebody else's word (a signal to the whole process group) has done nothing wrong.
+        log.log(logging.INFO if expected or ended.status == 0 else logging.ERROR, "%s", words)
 
     def _abandon(self) -> None:
         """In a forked child: closes all that is the master's alone."""
         self._selector.close()
         self._wakeup.close()
-        self._wakeup_sender.close()
         self._control.close()
         for worker in self.workers.values():
             worker.channel.close()
         self._abandon_more()
 
-    # Signals
-
-    def _install_signals(self) -> None:
-        """The handlers do nothing: the interpreter writes each signal's number to the wakeup socket, and the loop reads
-        it there (signal.set_wakeup_fd).
-        """
-        self._wakeup.setblocking(False)
-        self._wakeup_sender.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup_sender.fileno(), warn_on_full_buffer=False)
-        for row in signals.MASTER:
-            signal.signal(row.signal, lambda *_: None)
-        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda mask: self._signalled())
+    # Orders
 
     def _signalled(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            numbers = set(self._wakeup.recv(4096))
-            for row in signals.MASTER:
-                if row.signal in numbers:
-                    self.order(row.order, row.signal.name)
+        for row in self._wakeup.arrived():
+            self.order(row.order, row.signal.name)
 
     def order(self, order: Order, source: str) -> None:
         """Does what a signal, or a request, asks."""

@@ -40,6 +40,7 @@ class Worker:
     ready_at: float | None = None
     heard: bool = True  # whether its channel may still say something
     cause: str = ""  # why the master killed it, or what it said when it could not boot
+    details: str = ""  # the traceback that came with the latter
 
 
 @dataclass(frozen=True, slots=True)

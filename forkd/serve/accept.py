@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Any
 
-from forkd.serve import admission
+from forkd.serve.admission import SLACK, is_fair, least_load, next_try
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
 from forkd.system.scoreboard import NOBODY, Field, Row, Scoreboard
 
@@ -104,7 +104,7 @@ class Acceptor:
         # socket.accept() asks the listener for family and type each time, as enumerations; they never change. `_accept`
         # is what it calls itself: accept4(2), the descriptor not inheritable.
         self._accept = sock._accept  # type: ignore[attr-defined]
-        self._kind = int(sock.family), int(sock.type), sock.proto
+        self._family, self._type, self._proto = int(sock.family), int(sock.type), sock.proto
         self.queued = False
 
     def queue(self) -> None:
@@ -143,7 +143,7 @@ class Acceptor:
             if error.errno in _EXHAUSTED:
                 self._balance.exhausted(error)
             return
-        sock = socket.socket(*self._kind, descriptor)
+        sock = socket.socket(self._family, self._type, self._proto, descriptor)
         sock.setblocking(False)
         self._balance.accepted(self)
         self._serve(sock, peer)
@@ -192,12 +192,12 @@ class Balance:
         tally = self._tally
         tally.opened()
         mine = tally.accepted - tally.ended
-        # Loads of workers that stand still count here, and are left out only when that could matter: this is done for
-        # every client, and the other costs a look at each row.
-        if admission.is_fair(mine, min(self._loads)) or admission.is_fair(mine, self._least()):
+        # From the cheapest question to the dearest, since it is asked for every client: is it fair whatever the others
+        # have; by all the loads there are; by those of the workers that are alive.
+        if mine <= SLACK or is_fair(mine, min(self._loads)) or is_fair(mine, self._least()):
             acceptor.requeue()
         else:
-            self._step_out(admission.next_try(0.0, BEAT))
+            self._step_out(next_try(0.0, BEAT))
 
     def exhausted(self, error: OSError) -> None:
         """The system could not give one more descriptor or buffer: out for a moment, and one line a minute about it."""
@@ -216,10 +216,10 @@ class Balance:
 
     def _least(self) -> int:
         rows = ((row[Field.LOAD], row[Field.HEARTBEAT]) for row in self._board.rows())
-        return admission.least_load(rows, monotonic_ns(), int(BEAT * 1e9))
+        return least_load(rows, monotonic_ns(), int(BEAT * 1e9))
 
     def _fair(self) -> bool:
-        return admission.is_fair(self._tally.active, self._least())
+        return is_fair(self._tally.active, self._least())
 
     def _step_out(self, seconds: float) -> None:
         for acceptor in self._acceptors:
@@ -237,7 +237,7 @@ class Balance:
         if self._fair():
             self._come_back()
         else:
-            self._wait(admission.next_try(self._waited, BEAT))
+            self._wait(next_try(self._waited, BEAT))
 
     def _come_back(self) -> None:
         self._cancel()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 #: Connections by which a worker may be ahead of the least loaded one whatever the numbers, and the fraction, as a
 #: shift, by which it may be ahead when they are large.
-SLACK = 2
+SLACK = 4
 FRACTION = 5
 
 #: A worker whose last heartbeat is this many heartbeats old does not count as one that could take a client.

@@ -19,6 +19,7 @@ from typing import Any
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
+ERR = select.EPOLLERR
 #: Readable, for one waiter alone of those that wait on the same listener (epoll_ctl(2), EPOLLEXCLUSIVE).
 IN_EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE
 

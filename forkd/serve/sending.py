@@ -11,15 +11,15 @@ import logging
 import socket
 from asyncio import constants, transports
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from forkd.serve.loop import OUT, PollLoop
 
 log = logging.getLogger("forkd.transport")
 
 _IOV_MAX = 1024  # of sendmsg(2), limits.h
-_HIGH_WATER = 64 * 1024  # asyncio's defaults: pause_writing above the one, resume_writing at the other
-_LOW_WATER = _HIGH_WATER // 4
+HIGH_WATER = 64 * 1024  # asyncio's defaults: pause_writing above the one, resume_writing at the other
+LOW_WATER = HIGH_WATER // 4
 
 #: Stands for "no fast writes" where there is nothing unsent; never appended to.
 SHUT = bytearray()
@@ -54,7 +54,7 @@ class Keeper(Protocol):
 
 
 class SendingHalf(transports._FlowControlMixin):
-    """What a transport needs for sending; the connection's end is its subclass's."""
+    """What a transport needs for sending. Its subclass fills these fields, all in one go, and ends the connection."""
 
     __slots__ = (
         "_closing",
@@ -70,25 +70,18 @@ class SendingHalf(transports._FlowControlMixin):
         "_sock",
     )
 
-    def __init__(
-        self, loop: PollLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, peer: Any, keeper: Keeper
-    ) -> None:
-        # The mixin's and the base's own __init__ would take a dictionary and several calls; these are their fields.
-        self._loop = loop
-        self._protocol_paused = False
-        self._high_water = _HIGH_WATER
-        self._low_water = _LOW_WATER
-        self._sock = sock
-        self._fd = sock.fileno()
-        self._send = sock.send
-        self._protocol = protocol
-        self._peer = peer
-        self._keeper = keeper
-        self._out: bytearray | None = None  # unsent bytes; None: nothing is unsent and `write` may send at once
-        self._interest = 0  # what epoll watches this descriptor for
-        self._closing = False
-        self._eof_sent = False
-        self._conn_lost = 0
+    _loop: PollLoop
+    _sock: socket.socket
+    _fd: int
+    _send: Callable[[Buffer], int]
+    _protocol: asyncio.BaseProtocol
+    _peer: Any
+    _keeper: Keeper
+    _out: bytearray | None  # unsent bytes; None: nothing is unsent and `write` may send at once
+    _interest: int  # what epoll watches this descriptor for
+    _closing: bool
+    _eof_sent: bool
+    _conn_lost: int  # from 1 on: the protocol has been or will be told; writes since then
 
     def _force_close(self, error: BaseException | None) -> None:
         """Ends the connection at once; the protocol is told later."""
@@ -159,7 +152,8 @@ class SendingHalf(transports._FlowControlMixin):
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _flush(self) -> None:
-        out = cast(bytearray, self._out)
+        out = self._out
+        assert out is not None  # noqa: S101 (for the type checker)
         try:
             sent = self._send(out)
         except (BlockingIOError, InterruptedError):
@@ -226,10 +220,8 @@ class SendingHalf(transports._FlowControlMixin):
             epoll.unregister(self._fd)
 
     def _report(self, error: OSError, message: str) -> None:
-        """A client that goes away is no event; anything else is."""
-        if isinstance(error, _GONE):
-            log.debug("%s: %s: %s", self._name(), message, error)
-        else:
+        """A client that goes away, as its `connection_lost` hears, is nothing to log; anything else is."""
+        if not isinstance(error, _GONE):
             log.warning("%s: %s: %s", self._name(), message, error)
 
     def _name(self) -> str:

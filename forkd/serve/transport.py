@@ -8,15 +8,19 @@ call of the handler, one send. Everything rarer is elsewhere.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from asyncio import constants, trsock
-from typing import Any, cast
+from typing import Any
 
-from forkd.serve.loop import IN, OUT, PollLoop
-from forkd.serve.sending import SHUT, Keeper, SendingHalf
+from forkd.serve.loop import ERR, IN, OUT, PollLoop
+from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper, SendingHalf
 
 #: Bytes of one read at most.
 READ_SIZE = 64 * 1024
+
+_RESET = errno.ECONNRESET, os.strerror(errno.ECONNRESET)
 
 
 class Transport(SendingHalf):
@@ -30,7 +34,7 @@ class Transport(SendingHalf):
         keeper: who counts it.
     """
 
-    __slots__ = ("_deliver", "_paused", "_recv")
+    __slots__ = ("_deliver", "_error", "_paused", "_recv")
 
     # For loop.start_tls and loop.sendfile, which ask a transport what it can do.
     _start_tls_compatible = True
@@ -39,10 +43,25 @@ class Transport(SendingHalf):
     def __init__(
         self, loop: PollLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, peer: Any, keeper: Keeper
     ) -> None:
-        super().__init__(loop, sock, protocol, peer, keeper)
+        # The base's own __init__ would make a dictionary and several calls; the first four are its fields.
+        self._loop = loop
+        self._protocol_paused = False
+        self._high_water = HIGH_WATER
+        self._low_water = LOW_WATER
+        self._sock = sock
+        self._fd = sock.fileno()
         self._recv = sock.recv
-        self._deliver: Any = None  # data_received of the protocol in charge
+        self._send = sock.send
+        self._peer = peer
+        self._keeper = keeper
+        self._out = None
+        self._interest = 0
         self._paused = False
+        self._closing = False
+        self._eof_sent = False
+        self._conn_lost = 0
+        self._error: OSError | None = None  # what the kernel has said of the connection, to tell when all is read
+        self._deliver: Any = None  # data_received of the protocol in charge
         self.set_protocol(protocol)
 
     def start(self) -> None:
@@ -55,8 +74,7 @@ class Transport(SendingHalf):
             self._handler_failed(error, "protocol.connection_made() call failed.")
             return
         if not (self._paused or self._closing):
-            self._interest |= IN
-            self._loop.selector.epoll.register(self._fd, self._interest)
+            self._watch(self._interest | IN)
 
     # Reading
 
@@ -85,9 +103,9 @@ class Transport(SendingHalf):
         if mask != IN:
             self._mixed_ready(mask)
             return
-        protocol = cast(asyncio.BufferedProtocol, self._protocol)
+        protocol: Any = self._protocol
         try:
-            buffer: Any = protocol.get_buffer(-1)
+            buffer = protocol.get_buffer(-1)
             if not len(buffer):
                 raise RuntimeError("get_buffer() returned an empty buffer")  # noqa: TRY301 (asyncio's own error)
         except (SystemExit, KeyboardInterrupt):
@@ -116,15 +134,23 @@ class Transport(SendingHalf):
         """Anything but plainly readable: writable, hung up, in error."""
         if self._interest & OUT and mask & ~IN:
             self._flush()
-        # A hang-up or an error is learnt by reading, which also gives what came before it.
         if self._interest & IN and mask & ~OUT:
+            # Asked for its error the kernel forgets it, so that reading gives what came before, then the end of file:
+            # a client that resets costs no exception in recv.
+            if mask & ERR and (number := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+                self._error = (
+                    ConnectionResetError(*_RESET) if number == _RESET[0] else OSError(number, os.strerror(number))
+                )
             self._loop.selector.served[self._fd](IN)
 
     def _end_of_file(self) -> None:
         if self._conn_lost:
             return
+        if self._error is not None:
+            self._read_failed(self._error)
+            return
         try:
-            keep_open = cast(asyncio.Protocol, self._protocol).eof_received()
+            keep_open = self._protocol.eof_received()  # type: ignore[attr-defined]
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 (the handler's border)
@@ -205,7 +231,7 @@ class Transport(SendingHalf):
             self._interest = 0
         self._out = SHUT
         try:
-            self._protocol.connection_lost(cast(Exception | None, error))
+            self._protocol.connection_lost(error)  # type: ignore[arg-type]
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as raised:  # noqa: BLE001 (the handler's border)

@@ -101,6 +101,7 @@ class Worker:
         self._tally = Tally(station.row)
         self._balance = Balance(loop, board, self._tally)
         self._draining = False
+        self._ended = False
         self._next_beat = loop.time()
         self._title = ""
 
@@ -182,6 +183,12 @@ class Worker:
 
     def _one_less(self) -> None:
         if self._tally.active == 0:
+            self._end()
+
+    def _end(self) -> None:
+        """Ends `run_forever`, once: asked again it would end what `clean_up` runs after it."""
+        if not self._ended:
+            self._ended = True
             self._loop.stop()
 
     def close(self) -> None:
@@ -193,7 +200,7 @@ class Worker:
             log.info("closes %d connections", self._tally.active)
         for transport in self._transports():
             transport.close()
-        self._loop.call_later(_LAST_WORDS, self._loop.stop)
+        self._loop.call_later(_LAST_WORDS, self._end)
 
     def _transports(self) -> list[Transport]:
         owners = [getattr(ready, "__self__", None) for ready in self._loop.selector.served.values()]

@@ -1,0 +1,83 @@
+"""Settings from the command line, grafted into the graph of nodes that the file was read as: one walker reads both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+_STR, _SEQ, _MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One setting given on the command line.
+
+    Attributes:
+        key: dotted, as in `log.level`; `listen.backlog` means every listener, `listen.0.backlog` the first.
+        value: the text of a scalar (or of a sequence of them, `[a, b]`), or what YAML would hold there.
+        where: the option as the user typed it, for messages.
+    """
+
+    key: str
+    value: str | Sequence[Mapping[str, str]]
+    where: str
+
+
+def made_mark(name: str) -> yaml.Mark:
+    """A mark for what stands in no file: `name` alone says where it is from."""
+    return yaml.Mark(name, 0, -1, -1, None, 0)
+
+
+def empty_mapping(name: str) -> yaml.MappingNode:
+    """A mapping without settings, to graft into; `name` says where it is from."""
+    return yaml.MappingNode(_MAP, [], made_mark(name), made_mark(name))
+
+
+def graft(root: yaml.MappingNode, override: Override) -> None:
+    """Puts an override's value into the graph, in the place of whatever stands there.
+
+    Raises:
+        ValueError: there is nothing to put it into.
+    """
+    mark = made_mark(override.where)
+    value = _node(override.value, mark)
+    parents: list[yaml.Node] = [root]
+    *path, last = override.key.split(".")
+    for part in path:
+        parents = [child for parent in parents for child in _children(parent, part, mark)]
+    if not parents:
+        raise ValueError(f"there is no {override.key.rpartition('.')[0]} to set it in")
+    for parent in parents:
+        for mapping in parent.value if isinstance(parent, yaml.SequenceNode) else [parent]:
+            if isinstance(mapping, yaml.MappingNode):
+                mapping.value = [pair for pair in mapping.value if pair[0].value != last]
+                mapping.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
+
+
+def _node(value: str | Sequence[Any] | Mapping[str, Any], mark: yaml.Mark) -> yaml.Node:
+    """A value from the command line as YAML would have it; text in brackets is a sequence, other text itself."""
+    if isinstance(value, Mapping):
+        pairs = [(_node(key, mark), _node(item, mark)) for key, item in value.items()]
+        return yaml.MappingNode(_MAP, pairs, mark, mark)
+    if isinstance(value, str) and not (value.startswith("[") and value.endswith("]")):
+        return yaml.ScalarNode(_STR, value, mark, mark)
+    items = [item.strip() for item in value[1:-1].split(",") if item.strip()] if isinstance(value, str) else value
+    return yaml.SequenceNode(_SEQ, [_node(item, mark) for item in items], mark, mark)
+
+
+def _children(parent: yaml.Node, part: str, mark: yaml.Mark) -> list[yaml.Node]:
+    if isinstance(parent, yaml.SequenceNode):
+        if part.isdigit():
+            return list(parent.value[int(part) : int(part) + 1])
+        return [child for item in parent.value for child in _children(item, part, mark)]
+    if not isinstance(parent, yaml.MappingNode):
+        return []
+    for key, value in parent.value:
+        if key.value == part:
+            return [value]
+    child = yaml.MappingNode(_MAP, [], mark, mark)
+    parent.value.append((yaml.ScalarNode(_STR, part, mark, mark), child))
+    return [child]
