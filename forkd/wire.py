@@ -47,8 +47,10 @@ class Decoder:
 
     @staticmethod
     def _parse(line: bytearray) -> Message:
+        if len(line) > LARGEST:
+            raise WireError(f"a message of more than {LARGEST} bytes")
         try:
-            message = json.loads(line)
+            message = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise WireError(f"not JSON: {error}") from None
         if not isinstance(message, dict):

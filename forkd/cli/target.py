@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forkd.config import units
 from forkd.config.load import Loaded, read_settings
@@ -13,6 +13,8 @@ from forkd.config.options import BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
 from forkd.config.override import Override
 from forkd.errors import ConfigError, UsageError
 from forkd.system.pidfile import RunDirectory
+
+T = TypeVar("T")
 
 #: Where a bare name is looked for.
 _PLACES = (Path("/etc/forkd"), Path("etc/forkd"))
@@ -44,15 +46,32 @@ def read_target(command: argparse.Namespace) -> Loaded:
 
 
 def run_directory_of(command: argparse.Namespace) -> RunDirectory:
-    """The run directory of the daemon that a command means, even if its file is broken or gone by now."""
-    target, name, directory = command.target, command.name, command.run_directory
+    """The run directory of the daemon that a command means, even if its file is broken or gone by now.
+
+    Raises:
+        UsageError: a name or directory on the command line that can't be one.
+    """
+    target = command.target
     path = None if target is None or _is_handler(target) else _file(target)
     settings = read_settings(path, (), {"name": _name(path.stem)}).settings if path else None
-    if name is None:
-        name = settings.name if settings else "echo" if target is None else _name(Path(target).stem)
-    if directory is None:
-        return RunDirectory(name, settings.run_directory if settings else None)
-    return RunDirectory(name, units.PATH.parse(directory))
+    if command.name is not None:
+        name = _option("--name", units.NAME, command.name)
+    elif settings is not None:
+        name = settings.name
+    elif target is None or _is_handler(target):
+        name = _name(target) if target else "echo"
+    else:
+        name = _option(target, units.NAME, target)
+    if command.run_directory is not None:
+        return RunDirectory(name, _option("--run-directory", units.PATH, command.run_directory))
+    return RunDirectory(name, settings.run_directory if settings else None)
+
+
+def _option(where: str, kind: units.Kind[T], text: str) -> T:
+    try:
+        return kind.parse(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _is_handler(target: str) -> bool:

@@ -6,6 +6,7 @@ Parsing only: nothing is resolved, bound or looked up here.
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ FORMS = "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"
 #: sizeof(sockaddr_un.sun_path) less its final NUL, unix(7).
 LONGEST_PATH = 107
 
-_TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+_TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +71,29 @@ def _parse_tcp(text: str, rest: str) -> Address:
         if ":" not in rest.rpartition("]")[2]:
             raise ValueError(f"{text!r} has no port; write tcp://HOST:PORT, with port 0 for any free one")
         raise ValueError(f"{text!r} is not an address; write tcp://HOST:PORT, as in tcp://127.0.0.1:7007")
+    if match["v6"] and not _is_ipv6(match["v6"]):
+        raise ValueError(f"{text!r}: {match['v6']} is not an IPv6 address")
     port = int(match["port"])
     if port > 65535:
         raise ValueError(f"{text!r}: a port is at most 65535")
     return Address("tcp", host=match["v6"] or match["host"], port=port)
 
 
+def _is_ipv6(host: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    except OSError:
+        return False
+    return True
+
+
 def _parse_unix(text: str, path: str) -> Address:
     if len(path) < 2 or path[0] not in "/@":
         raise ValueError(f"{text!r}: write unix: and an absolute path, or unix:@name for an abstract socket")
+    if not path.isprintable():
+        raise ValueError(f"{text!r}: a unix socket's path has no NUL in it, nor anything else that can't be printed")
     if len(path.encode()) > LONGEST_PATH:
         raise ValueError(
             f"{text!r}: a unix socket's path has at most {LONGEST_PATH} bytes, this one {len(path.encode())}"
         )
-    if "\0" in path:
-        raise ValueError(f"{text!r}: a unix socket's path has no NUL in it")
     return Address("unix", path=path)

@@ -7,6 +7,7 @@ walker reads both. The pure-Python composer is used on purpose: on deep nesting 
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ LARGEST = 1 << 20
 
 Keys = tuple[str | int, ...]
 
+_SEQ, _MAP = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
 
 
@@ -39,6 +41,7 @@ class Loaded:
 
     settings: Settings = field(default_factory=lambda: Settings(listen=()))
     problems: list[Problem] = field(default_factory=list)
+    order: list[tuple[str, int, int]] = field(default_factory=list)  # of the problems: file, line and column
     places: dict[Keys, yaml.Mark] = field(default_factory=dict)
 
     def where(self, *keys: str | int) -> str:
@@ -46,7 +49,10 @@ class Loaded:
         return _where(self.places.get(keys) or made_mark(_name(keys)))
 
     def problem(self, mark: yaml.Mark, message: str) -> None:
-        self.problems.append(Problem(_where(mark), message))
+        place = mark.name, mark.line, mark.column
+        at = bisect.bisect_right(self.order, place)
+        self.order.insert(at, place)
+        self.problems.insert(at, Problem(_where(mark), message))
 
 
 def load_settings(
@@ -74,6 +80,9 @@ def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: d
     """
     reading = Loaded()
     root = _compose(path, reading) if path else None
+    if reading.problems:
+        reading.settings = Settings(listen=(), **(base or {}))
+        return reading
     if root is None:
         root = empty_mapping(str(path or "settings"))
     for override in overrides:
@@ -83,17 +92,11 @@ def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: d
             reading.problem(made_mark(override.where), str(error))
     values = _section(root, Settings, (), reading, base or {})
     _check_listeners(values.get("listen", ()), reading)
-    reading.problems.sort(key=_position)
     for key, value in values.items():
         if isinstance(value, tuple):
             values[key] = tuple(item for item in value if item is not _WRONG)
     reading.settings = Settings(**{"listen": (), **values})
     return reading
-
-
-def _position(problem: Problem) -> tuple[str, list[int]]:
-    name, *numbers = problem.where.split(":")
-    return name, [int(number) for number in numbers if number.isdigit()]
 
 
 def _where(mark: yaml.Mark) -> str:
@@ -119,7 +122,7 @@ def _compose(path: Path, reading: Loaded) -> yaml.MappingNode | None:
         hint = "; YAML is indented by spaces, not tabs" if "\\t" in str(error.problem) else ""
         reading.problem(mark, f"not YAML: {error.problem or error.context}{hint}")
         return None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: escapes that stand for nothing
         reading.problem(made_mark(str(path)), f"not YAML: {str(error).splitlines()[0]}")
         return None
     except RecursionError:
@@ -149,10 +152,12 @@ def _section(node: yaml.Node, section: type, keys: Keys, reading: Loaded, base: 
     if not isinstance(node, yaml.MappingNode):
         reading.problem(node.start_mark, f"{_name(keys)}: expected settings as `key: value`, found {_what(node)}")
         return values
+    _check_tag(node, {_MAP}, keys, reading)
     for key_node, value_node in node.value:
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) and key_node.tag in _PLAIN_TAGS else None
         if key not in known:
-            reading.problem(key_node.start_mark, _unknown(_what(key_node) if key is None else key, known))
+            if _check_tag(key_node, _PLAIN_TAGS | {_MAP, _SEQ}, keys, reading):
+                reading.problem(key_node.start_mark, _unknown(_what(key_node) if key is None else key, known))
         elif key in seen:
             reading.problem(key_node.start_mark, f"{key}: given twice; the first is at {_where(seen[key])}")
         else:
@@ -161,6 +166,8 @@ def _section(node: yaml.Node, section: type, keys: Keys, reading: Loaded, base: 
             found = _value(value_node, known[key].kind, (*keys, key), reading)
             if found is not _WRONG:
                 values[key] = found
+            elif key in base:
+                values[key] = base[key]
     for key, option in known.items():
         if key not in seen and key in base:
             values[key] = base[key]
@@ -179,6 +186,7 @@ def _value(node: yaml.Node, kind: Kind[Any] | ListOf | type, keys: Keys, reading
         if not isinstance(node, yaml.SequenceNode):
             reading.problem(node.start_mark, f"{_name(keys)}: expected a sequence, found {_what(node)}")
             return _WRONG
+        _check_tag(node, {_SEQ}, keys, reading)
         found = []
         for index, item in enumerate(node.value):
             reading.places[*keys, index] = item.start_mark
@@ -195,8 +203,8 @@ def _scalar(node: yaml.Node, kind: Kind[Any], keys: Keys, reading: Loaded) -> An
     name = _name(keys)
     if not isinstance(node, yaml.ScalarNode):
         reading.problem(node.start_mark, f"{name}: expected a {kind.name}, found {_what(node)}")
-    elif node.tag not in _PLAIN_TAGS:
-        reading.problem(node.start_mark, f"{name}: tags such as {node.tag} have no meaning here")
+    elif not _check_tag(node, _PLAIN_TAGS, keys, reading):
+        return _WRONG
     elif not node.value and node.style is None:
         reading.problem(node.start_mark, f"{name}: has no value; expected a {kind.name}")
     else:
@@ -205,6 +213,13 @@ def _scalar(node: yaml.Node, kind: Kind[Any], keys: Keys, reading: Loaded) -> An
         except ValueError as error:
             reading.problem(node.start_mark, f"{name}: {error}")
     return _WRONG
+
+
+def _check_tag(node: yaml.Node, known: set[str], keys: Keys, reading: Loaded) -> bool:
+    """Whether a node has a tag of plain YAML, and a problem if not. A tag never makes anything here."""
+    if node.tag not in known:
+        reading.problem(node.start_mark, f"{_name(keys)}: tags such as {node.tag} have no meaning here")
+    return node.tag in known
 
 
 def _name(keys: Keys) -> str:

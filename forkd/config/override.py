@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,17 +45,18 @@ def graft(root: yaml.MappingNode, override: Override) -> None:
     """
     mark = made_mark(override.where)
     value = _node(override.value, mark)
-    parents: list[yaml.Node] = [root]
     *path, last = override.key.split(".")
-    for part in path:
-        parents = [child for parent in parents for child in _children(parent, part, mark)]
-    if not parents:
-        raise ValueError(f"there is no {override.key.rpartition('.')[0]} to set it in")
-    for parent in parents:
-        for mapping in parent.value if isinstance(parent, yaml.SequenceNode) else [parent]:
-            if isinstance(mapping, yaml.MappingNode):
-                mapping.value = [pair for pair in mapping.value if pair[0].value != last]
-                mapping.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
+    sections: list[yaml.MappingNode] = [root]
+    for index, part in enumerate(path):
+        if index and re.fullmatch(r"[0-9]{1,4}", part):  # an item of the sequence that the part before it means
+            sections = sections[int(part) : int(part) + 1]
+        else:
+            sections = [inner for section in sections for inner in _inside(section, part, mark)]
+    if not sections:
+        raise ValueError(f"there is no {'.'.join(path)} to set it in")
+    for section in sections:
+        section.value = [pair for pair in section.value if pair[0].value != last]
+        section.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
 
 
 def _node(value: str | Sequence[Any] | Mapping[str, Any], mark: yaml.Mark) -> yaml.Node:
@@ -68,16 +70,11 @@ def _node(value: str | Sequence[Any] | Mapping[str, Any], mark: yaml.Mark) -> ya
     return yaml.SequenceNode(_SEQ, [_node(item, mark) for item in items], mark, mark)
 
 
-def _children(parent: yaml.Node, part: str, mark: yaml.Mark) -> list[yaml.Node]:
-    if isinstance(parent, yaml.SequenceNode):
-        if part.isdigit():
-            return list(parent.value[int(part) : int(part) + 1])
-        return [child for item in parent.value for child in _children(item, part, mark)]
-    if not isinstance(parent, yaml.MappingNode):
-        return []
-    for key, value in parent.value:
-        if key.value == part:
-            return [value]
-    child = yaml.MappingNode(_MAP, [], mark, mark)
-    parent.value.append((yaml.ScalarNode(_STR, part, mark, mark), child))
-    return [child]
+def _inside(section: yaml.MappingNode, part: str, mark: yaml.Mark) -> list[yaml.MappingNode]:
+    """The sections that a part of a key means inside a section: one, made if it is not there, or all of a sequence."""
+    found = next((value for key, value in section.value if key.value == part), None)
+    if found is None:
+        found = yaml.MappingNode(_MAP, [], mark, mark)
+        section.value.append((yaml.ScalarNode(_STR, part, mark, mark), found))
+    items = found.value if isinstance(found, yaml.SequenceNode) else [found]
+    return [item for item in items if isinstance(item, yaml.MappingNode)]

@@ -19,7 +19,7 @@ def _object(section: type) -> dict[str, Any]:
     for name, option in known.items():
         described = {**_schema(option.kind), "description": option.doc}
         if isinstance(option.kind, Kind) and not option.required and default_of(section, name) is not None:
-            described["default"] = option.kind.show(default_of(section, name))
+            described["default"] = _default(option.kind, default_of(section, name))
         properties[name] = described
     return {
         "type": "object",
@@ -33,8 +33,13 @@ def _schema(kind: Kind[Any] | ListOf | type) -> dict[str, Any]:
     if isinstance(kind, Kind):
         return dict(kind.schema)
     if isinstance(kind, ListOf):
-        return {"type": "array", "items": _schema(kind.item)}
+        return {"type": "array", "items": _schema(kind.item), "minItems": int(not isinstance(kind.item, Kind))}
     return _object(kind)
+
+
+def _default(kind: Kind[Any], value: Any) -> Any:
+    """A default as it would be written in JSON."""
+    return value if kind.schema.get("type") in ("integer", "boolean") else kind.show(value)
 
 
 def reference_page() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,8 +37,9 @@ class Kind(Generic[T]):
     unset: str = ""
 
 
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_MOST = 1e15  # seconds, bytes or events a second: no number that a setting can mean is near it
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _DURATION = r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+"
 _SIZE = r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?"
@@ -54,17 +56,23 @@ def parse_duration(text: str) -> float:
         raise ValueError(f"{text!r} has no unit; did you mean {text}s?")
     if not re.fullmatch(_DURATION, text, re.ASCII):
         raise ValueError(f"{text!r} is not a duration; write a number with ms, s, m, h or d, as in 30s or 1h30m")
-    return sum(float(number) * _SECONDS[unit] for number, unit in re.findall(r"([\d.]+)(ms|[smhd])", text))
+    seconds = sum(Decimal(number) * _SECONDS[unit] for number, unit in re.findall(r"([\d.]+)(ms|[smhd])", text))
+    return _finite(text, float(seconds))
 
 
 def show_duration(seconds: float) -> str:
     """The shortest text that parses to `seconds` again."""
-    if seconds == 0:
-        return "0s"
+    exact = Decimal(repr(seconds))
     for unit in ("d", "h", "m", "s"):
-        if seconds % _SECONDS[unit] == 0:
-            return f"{seconds / _SECONDS[unit]:.0f}{unit}"
-    return f"{seconds * 1000:.0f}ms" if (seconds * 1000) % 1 == 0 else f"{seconds!r}s"
+        if exact % _SECONDS[unit] == 0:
+            return f"{exact // _SECONDS[unit]:f}{unit}" if exact else "0s"
+    return f"{(exact * 1000).normalize():f}ms"
+
+
+def _finite(text: str, number: float) -> float:
+    if number > _MOST:
+        raise ValueError(f"{text[:40]!r} is more than anybody can mean")
+    return number
 
 
 def parse_size(text: str) -> int:
@@ -72,7 +80,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(_SIZE, text, re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write a number with {', '.join(_BYTES)}, as in 64KiB")
-    return int(float(match[1]) * _BYTES[match[2] or "B"])
+    size = Decimal(match[1]) * _BYTES[match[2] or "B"]
+    if size >= 1 << 63:
+        raise ValueError(f"{text[:40]!r} is more than anybody can mean")
+    return int(size)
 
 
 def show_size(size: int) -> str:
@@ -88,13 +99,13 @@ def parse_rate(text: str) -> float:
     match = re.fullmatch(_RATE, text, re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not a rate; write a number per s, m, h or d, as in 20/s")
-    return float(match[1]) / _SECONDS[match[2]]
+    return _finite(text, float(Decimal(match[1]) / _SECONDS[match[2]]))
 
 
 def show_rate(rate: float) -> str:
     """The shortest text that parses to `rate` again."""
     for unit in ("s", "m", "h", "d"):
-        number = rate * _SECONDS[unit]
+        number = rate * float(_SECONDS[unit])
         if abs(number - round(number)) < 1e-9:
             return f"{number:.0f}/{unit}"
     return f"{rate!r}/s"
@@ -133,7 +144,10 @@ def _text(text: str) -> str:
 
 def _path(text: str) -> Path:
     """An absolute path. A relative one is relative to where forkd was started."""
-    return Path(_text(text)).expanduser().absolute()
+    try:
+        return Path(_text(text)).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{text!r}: there is no such user's home directory") from None
 
 
 def integer(minimum: int, maximum: int) -> Kind[int]:

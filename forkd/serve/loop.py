@@ -40,20 +40,20 @@ class PollSelector(selectors.EpollSelector):
         self.served: dict[int, Ready] = {}
         self.epoll: select.epoll = self._selector  # type: ignore[attr-defined]
         self._scheduled: Collection[Handle] = ()
-        self._timer_set = False
+        self._woken = False
 
     def bind(self, scheduled: Collection[Handle]) -> None:
         """Tells what asyncio calls next: while it is not empty, `select` returns after each round."""
         self._scheduled = scheduled
 
-    def timer_set(self) -> None:
-        """Says that a timer was set, which may be due before the time that `select` was given."""
-        self._timer_set = True
+    def wake(self) -> None:
+        """Has `select` return after this round: the time that it was given is out of date."""
+        self._woken = True
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Serves forkd's descriptors until asyncio is wanted, or `timeout` seconds are over; asyncio's ready ones."""
         poll, get_served, scheduled = self.epoll.poll, self.served.get, self._scheduled
-        for_asyncio: list[tuple[selectors.SelectorKey, int]] = []
+        for_asyncio: list[tuple[int, int]] = []
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         until = monotonic() + wait
         while True:
@@ -66,15 +66,26 @@ class PollSelector(selectors.EpollSelector):
                 ready = get_served(fd)
                 if ready is not None:
                     ready(mask)
-                elif (key := self._fd_to_key.get(fd)) is not None:  # type: ignore[attr-defined]
-                    for_asyncio.append((key, _asyncio_mask(mask) & key.events))
-            if for_asyncio or scheduled or self._timer_set or not events or wait == 0:
-                self._timer_set = False
-                return for_asyncio
+                else:
+                    for_asyncio.append((fd, mask))
+            if for_asyncio or scheduled or self._woken or not events or wait == 0:
+                self._woken = False
+                return self._keys(for_asyncio)
             if timeout is not None:
                 wait = until - monotonic()
                 if wait <= 0:
-                    return for_asyncio
+                    return []
+
+    def _keys(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+        """What asyncio registered these descriptors with; looked up when all that is served was called, since that may
+        have changed it.
+        """
+        found = []
+        for fd, mask in events:
+            key = self._fd_to_key.get(fd)  # type: ignore[attr-defined]
+            if key is not None and (wanted := _asyncio_mask(mask) & key.events):
+                found.append((key, wanted))
+        return found
 
 
 def _asyncio_mask(mask: int) -> int:
@@ -83,9 +94,14 @@ def _asyncio_mask(mask: int) -> int:
 
 
 class PollLoop(asyncio.SelectorEventLoop):
-    """asyncio's event loop over a `PollSelector`."""
+    """asyncio's event loop over a `PollSelector`.
+
+    Attributes:
+        on_error: called for each exception that is reported to the loop: those that came out of handlers.
+    """
 
     def __init__(self) -> None:
+        self.on_error: Callable[[], None] = lambda: None
         self.selector = PollSelector()
         super().__init__(self.selector)
         # asyncio keeps one deque of callbacks for the loop's life. Looking whether it is empty costs nothing;
@@ -96,5 +112,16 @@ class PollLoop(asyncio.SelectorEventLoop):
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> TimerHandle:
         """As asyncio's; also ends the selector's wait, which was reckoned without this timer."""
-        self.selector.timer_set()
+        self.selector.wake()
         return super().call_at(when, callback, *args, context=context)
+
+    def stop(self) -> None:
+        """As asyncio's; also ends the selector's wait."""
+        self.selector.wake()
+        super().stop()
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """As asyncio's; also counts."""
+        if "exception" in context:
+            self.on_error()
+        super().call_exception_handler(context)

@@ -29,6 +29,15 @@ _GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
 Buffer = bytes | bytearray | memoryview
 
 
+def _octets(data: Buffer) -> Buffer:
+    """`data`, with `len` for its number of bytes; raises TypeError, as asyncio does, for what has none."""
+    if isinstance(data, memoryview):
+        return data.cast("B") if data.c_contiguous else data.tobytes()
+    if not isinstance(data, bytes | bytearray):
+        raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+    return data
+
+
 class WriteBufferFull(ConnectionAbortedError):
     """The handler wrote again while more than the listener's `limits.write_buffer` was unsent: the client does not
     read.
@@ -48,10 +57,6 @@ class Keeper(Protocol):
     def closed(self) -> Callable[[], None]:
         """Called when a connection is over."""
 
-    @property
-    def failed(self) -> Callable[[], None]:
-        """Called when a handler has raised."""
-
 
 class SendingHalf(transports._FlowControlMixin):
     """What a transport needs for sending. Its subclass fills these fields, all in one go, and ends the connection."""
@@ -60,6 +65,7 @@ class SendingHalf(transports._FlowControlMixin):
         "_closing",
         "_conn_lost",
         "_eof_sent",
+        "_error",
         "_fd",
         "_interest",
         "_keeper",
@@ -81,6 +87,7 @@ class SendingHalf(transports._FlowControlMixin):
     _interest: int  # what epoll watches this descriptor for
     _closing: bool
     _eof_sent: bool
+    _error: OSError | None  # what the kernel has said of the connection, to tell when all is read
     _conn_lost: int  # from 1 on: the protocol has been or will be told; writes since then
 
     def _force_close(self, error: BaseException | None) -> None:
@@ -96,6 +103,8 @@ class SendingHalf(transports._FlowControlMixin):
         if self._out is not None:
             self._write_later(data)
             return
+        if data.__class__ is not bytes:
+            data = _octets(data)
         try:
             sent = self._send(data)
         except (BlockingIOError, InterruptedError):
@@ -108,7 +117,7 @@ class SendingHalf(transports._FlowControlMixin):
 
     def writelines(self, list_of_data: Iterable[Buffer]) -> None:
         """Sends several pieces as one, by a single sendmsg(2) where nothing waits before them."""
-        pieces = list(list_of_data)
+        pieces = [_octets(piece) for piece in list_of_data]
         if self._out is not None or not 1 < len(pieces) <= _IOV_MAX:
             self.write(b"".join(pieces))
             return
@@ -124,16 +133,12 @@ class SendingHalf(transports._FlowControlMixin):
 
     def _keep(self, data: Buffer, sent: int) -> None:
         """Keeps what the socket did not take."""
-        rest = memoryview(data).cast("B")[sent:]
-        if not rest:  # a view of items wider than a byte was sent whole
-            return
-        self._out = bytearray(rest)
+        self._out = bytearray(memoryview(data)[sent:])
         self._watch(self._interest | OUT)
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _write_later(self, data: Buffer) -> None:
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        data = _octets(data)
         if self._eof_sent:
             raise RuntimeError("Cannot call write() after write_eof()")
         if not data:
@@ -162,8 +167,8 @@ class SendingHalf(transports._FlowControlMixin):
             self._write_failed(error)
             return
         del out[:sent]
-        if not out:
-            self._out = SHUT if self._closing or self._eof_sent else None
+        if not out and not self._closing and not self._eof_sent:
+            self._out = None
         # The handler may write, close or abort in it.
         self._maybe_resume_protocol()  # type: ignore[attr-defined]
         if self._out or self._conn_lost:
@@ -179,7 +184,7 @@ class SendingHalf(transports._FlowControlMixin):
         if self._conn_lost:
             return
         self._report(error, "Fatal write error on socket transport")
-        self._force_close(error)
+        self._force_close(self._error or error)
 
     def can_write_eof(self) -> bool:
         """True: a stream socket can be closed for one direction."""
@@ -205,19 +210,8 @@ class SendingHalf(transports._FlowControlMixin):
         return len(self._out) if self._out else 0
 
     def _watch(self, interest: int) -> None:
-        """Has epoll watch for this and nothing else. Of a descriptor that nothing is wanted of it is told nothing, or
-        it would report a hang-up for ever.
-        """
-        before, self._interest = self._interest, interest
-        if interest == before:
-            return
-        epoll = self._loop.selector.epoll
-        if not before:
-            epoll.register(self._fd, interest)
-        elif interest:
-            epoll.modify(self._fd, interest)
-        else:
-            epoll.unregister(self._fd)
+        """Has epoll watch for this and nothing else."""
+        raise NotImplementedError
 
     def _report(self, error: OSError, message: str) -> None:
         """A client that goes away, as its `connection_lost` hears, is nothing to log; anything else is."""

@@ -12,6 +12,8 @@ import errno
 import os
 import socket
 from asyncio import constants, trsock
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from forkd.serve.loop import ERR, IN, OUT, PollLoop
@@ -34,7 +36,7 @@ class Transport(SendingHalf):
         keeper: who counts it.
     """
 
-    __slots__ = ("_deliver", "_error", "_paused", "_recv")
+    __slots__ = ("__weakref__", "_context", "_deliver", "_paused", "_reader", "_recv")
 
     # For loop.start_tls and loop.sendfile, which ask a transport what it can do.
     _start_tls_compatible = True
@@ -60,14 +62,19 @@ class Transport(SendingHalf):
         self._closing = False
         self._eof_sent = False
         self._conn_lost = 0
-        self._error: OSError | None = None  # what the kernel has said of the connection, to tell when all is read
-        self._deliver: Any = None  # data_received of the protocol in charge
+        self._error = None
+        # As with asyncio's transport, a context variable that is set while one connection is served is not seen by
+        # others.
+        self._context = copy_context()
+        self._deliver: Any  # data_received of the protocol in charge, in the context
+        self._reader: Any  # what reads for it
         self.set_protocol(protocol)
+        loop.selector.served[self._fd] = self._mixed_ready
 
     def start(self) -> None:
         """Tells the protocol that it is connected, then begins to read."""
         try:
-            self._protocol.connection_made(self)
+            self._context.run(self._protocol.connection_made, self)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 (the handler's border: it may raise anything)
@@ -105,33 +112,32 @@ class Transport(SendingHalf):
             return
         protocol: Any = self._protocol
         try:
-            buffer = protocol.get_buffer(-1)
+            buffer = self._context.run(protocol.get_buffer, -1)
             if not len(buffer):
                 raise RuntimeError("get_buffer() returned an empty buffer")  # noqa: TRY301 (asyncio's own error)
+            count = self._sock.recv_into(buffer)
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as error:  # noqa: BLE001 (the handler's border)
-            self._handler_failed(error, "Fatal error: protocol.get_buffer() call failed.")
-            return
-        try:
-            count = self._sock.recv_into(buffer)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self._read_failed(error)
             return
+        except BaseException as error:  # noqa: BLE001 (the handler's border: its buffer may be of no use)
+            self._handler_failed(error, "Fatal error: protocol.get_buffer() call failed.")
+            return
         if not count:
             self._end_of_file()
             return
         try:
-            protocol.buffer_updated(count)
+            self._context.run(protocol.buffer_updated, count)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 (the handler's border)
             self._handler_failed(error, "Fatal error: protocol.buffer_updated() call failed.")
 
     def _mixed_ready(self, mask: int) -> None:
-        """Anything but plainly readable: writable, hung up, in error."""
+        """Anything but plainly readable: writable, hung up, in error; or not to be read now."""
         if self._interest & OUT and mask & ~IN:
             self._flush()
         if self._interest & IN and mask & ~OUT:
@@ -141,7 +147,7 @@ class Transport(SendingHalf):
                 self._error = (
                     ConnectionResetError(*_RESET) if number == _RESET[0] else OSError(number, os.strerror(number))
                 )
-            self._loop.selector.served[self._fd](IN)
+            self._reader(IN)
 
     def _end_of_file(self) -> None:
         if self._conn_lost:
@@ -150,7 +156,7 @@ class Transport(SendingHalf):
             self._read_failed(self._error)
             return
         try:
-            keep_open = self._protocol.eof_received()  # type: ignore[attr-defined]
+            keep_open = self._context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 (the handler's border)
@@ -231,17 +237,31 @@ class Transport(SendingHalf):
             self._interest = 0
         self._out = SHUT
         try:
-            self._protocol.connection_lost(error)  # type: ignore[arg-type]
+            self._context.run(self._protocol.connection_lost, error)  # type: ignore[arg-type]
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as raised:  # noqa: BLE001 (the handler's border)
             self._complain(raised, "protocol.connection_lost() call failed.")
         finally:
-            del selector.served[self._fd]
+            selector.served.pop(self._fd, None)
             self._sock.close()
             # Transport and protocol know each other; without this they would wait for the garbage collector.
-            self._protocol = self._deliver = None  # type: ignore[assignment]
+            self._protocol = self._deliver = self._reader = None  # type: ignore[assignment]
             self._keeper.closed()
+
+    def _watch(self, interest: int) -> None:
+        before, self._interest = self._interest, interest
+        if interest == before:
+            return
+        selector = self._loop.selector
+        # An event of this same round may still be on its way to a connection that should not be read any more.
+        selector.served[self._fd] = self._reader if interest & IN else self._mixed_ready
+        if not before:
+            selector.epoll.register(self._fd, interest)
+        elif interest:
+            selector.epoll.modify(self._fd, interest)
+        else:  # watched for nothing it would still report a hang-up, for ever
+            selector.epoll.unregister(self._fd)
 
     # What went wrong
 
@@ -250,7 +270,6 @@ class Transport(SendingHalf):
         self._force_close(error)
 
     def _complain(self, error: BaseException, message: str) -> None:
-        self._keeper.failed()
         self._loop.call_exception_handler(
             {"message": message, "exception": error, "transport": self, "protocol": self._protocol}
         )
@@ -273,11 +292,13 @@ class Transport(SendingHalf):
         if self._conn_lost:
             return
         if isinstance(protocol, asyncio.BufferedProtocol):
-            self._loop.selector.served[self._fd] = self._buffer_ready
             self._deliver = None
+            self._reader = self._buffer_ready
         else:
-            self._loop.selector.served[self._fd] = self._data_ready
-            self._deliver = protocol.data_received  # type: ignore[attr-defined]
+            self._deliver = partial(self._context.run, protocol.data_received)  # type: ignore[attr-defined]
+            self._reader = self._data_ready
+        if self._interest & IN:
+            self._loop.selector.served[self._fd] = self._reader
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """What is known of the connection: `peername`, `sockname`, `socket`; `default` for all else."""

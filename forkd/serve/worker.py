@@ -99,6 +99,7 @@ class Worker:
         self._station = station
         self._loop = loop
         self._tally = Tally(station.row)
+        loop.on_error = self._tally.failed
         self._balance = Balance(loop, board, self._tally)
         self._draining = False
         self._ended = False
@@ -129,7 +130,7 @@ class Worker:
     def _server(self, bound: BoundListener, handler: Handler) -> ProtocolServer:
         factory = handler.target
         if handler.form == "streams":
-            factory = streams_factory(handler.target, self._loop, self._tally)
+            factory = streams_factory(handler.target, self._loop)
         return ProtocolServer(self._loop, factory, self._tally, bound.listener.limits.write_buffer)
 
     def _beat(self) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import select
 import time
 from pathlib import Path
 
@@ -86,10 +87,13 @@ class DescriptorHandler(logging.Handler):
         try:
             data = (self.format(record) + "\n").encode(errors="backslashreplace")
             while data:  # a pipe takes what it has room for
-                data = data[os.write(self.descriptor, data) :]
+                try:
+                    data = data[os.write(self.descriptor, data) :]
+                except BlockingIOError:  # somebody who shares the pipe has made it non-blocking
+                    select.select([], [self.descriptor], [])
         except OSError:  # the disk is full, the reader of the pipe is gone: the daemon serves on
             return
-        except (TypeError, ValueError):  # a record whose arguments don't fit its message
+        except Exception:  # noqa: BLE001 (as all handlers of logging: a record that can't be formatted harms nobody)
             self.handleError(record)
 
 

@@ -103,9 +103,9 @@ class PidFile:
             raise ForkdError(f"can't write the pid file {self._path}: {error.strerror}") from None
 
     def remove(self) -> None:
-        """Removes the file and gives the lock back, in this order, so that nobody locks a file that is about to go."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        """Removes the file, if it is still ours, then gives the lock back: nobody should lock a file that is to go."""
+        if self._descriptor >= 0 and self._still_there(self._descriptor):
+            self._path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:

@@ -62,10 +62,11 @@ def bind_listener(listener: Listener) -> BoundListener:
     address = listener.address
     try:
         return _bind_unix(listener) if address.scheme == "unix" else _bind_tcp(listener)
+    except UnicodeError:
+        raise ForkdError(f"can't listen on {address}: {address.host!r} is no host name") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            holder = holder_of(address)
-            raise AddressInUse(f"{address} is in use" + (f" by {holder}" if holder else "")) from None
+            raise _in_use(address) from None
         raise ForkdError(f"can't listen on {address}: {_explained(error, address)}") from None
 
 
@@ -90,8 +91,15 @@ def probe_listener(listener: Listener) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         why = "can't write to" if directory.is_dir() else "there is no"
         raise ForkdError(f"can't listen on {address}: {why} directory {directory}")
-    if Path(address.path).exists() and _somebody_listens(address.path):
-        raise AddressInUse(f"{address} is in use")
+    _number(listener.owner, _uid)
+    _number(listener.group, _gid)
+    if not _is_free(address.path):
+        raise _in_use(address)
+
+
+def _in_use(address: Address) -> AddressInUse:
+    holder = holder_of(address)
+    return AddressInUse(f"{address} is in use" + (f" by {holder}" if holder else ""))
 
 
 def _explained(error: OSError, address: Address) -> str:
@@ -150,9 +158,9 @@ def take_path(sock: socket.socket, path: str, mode: int) -> None:
     Raises:
         OSError: EADDRINUSE for a live owner or a file that is no socket, else as bind(2) and chmod(2).
     """
+    if not _is_free(path):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode) or _somebody_listens(path):
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         os.unlink(path)
     before = os.umask(0o777)
     try:
@@ -160,6 +168,14 @@ def take_path(sock: socket.socket, path: str, mode: int) -> None:
     finally:
         os.umask(before)
     os.chmod(path, mode)
+
+
+def _is_free(path: str) -> bool:
+    """Whether there is nothing, or a socket file whose owner is dead."""
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode) and not _somebody_listens(path)
+    except FileNotFoundError:
+        return True
 
 
 def current_umask() -> int:

@@ -29,7 +29,8 @@ class Handler(NamedTuple):
 
 def add_to_path(directories: Sequence[Path]) -> None:
     """Has handlers imported from these directories first."""
-    sys.path[:0] = [str(directory) for directory in directories if str(directory) not in sys.path]
+    first = list(dict.fromkeys(map(str, directories)))
+    sys.path[:] = first + [entry for entry in sys.path if entry not in first]
 
 
 def load_handler(listener: Listener) -> Handler:
@@ -57,14 +58,21 @@ def _import(name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             hint = "; it is looked for in the current directory, python_path and where Python keeps its packages"
             raise HandlerError(f"{name}: there is no module {error.name!r}{hint}") from None
-        last = traceback.format_exception_only(error)[-1].strip()
-        raise HandlerError(f"{name}: importing {module_name} failed: {last}", _traceback(error)) from None
+        raise HandlerError(f"{name}: importing {module_name} failed: {_summary(error)}", _traceback(error)) from None
     for part in path.split("."):
         try:
             target = getattr(target, part)
         except AttributeError as error:
-            raise HandlerError(f"{name}: {error}") from None
+            raise HandlerError(f"{name}: {_summary(error)}") from None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (the handler's border: a module may make its attributes lazily)
+            raise HandlerError(f"{name}: looking up {part} failed: {_summary(error)}", _traceback(error)) from None
     return target
+
+
+def _summary(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
 
 
 def _traceback(error: BaseException) -> str:

@@ -29,7 +29,6 @@ class ProtocolServer:
         self._factory = factory
         self.write_limit = write_limit
         self.closed = tally.closed
-        self.failed = tally.failed
 
     def __call__(self, sock: socket.socket, peer: Any) -> None:
         """Serves one connection and owns its socket."""
@@ -39,7 +38,6 @@ class ProtocolServer:
             raise
         except BaseException as error:  # noqa: BLE001 (the handler's border)
             sock.close()
-            self.failed()
             self.closed()
             self._loop.call_exception_handler({"message": "The protocol factory failed.", "exception": error})
         else:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from forkd.serve.accept import Tally
 from forkd.serve.handlers.protocol import ProtocolFactory
 
 StreamsHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]
 
 
-def streams_factory(handle: StreamsHandler, loop: asyncio.AbstractEventLoop, tally: Tally) -> ProtocolFactory:
+def streams_factory(handle: StreamsHandler, loop: asyncio.AbstractEventLoop) -> ProtocolFactory:
     """A protocol factory for a streams coroutine.
 
     The connection lives as long as the coroutine: when that returns, what was written is sent and the connection
@@ -21,10 +20,11 @@ def streams_factory(handle: StreamsHandler, loop: asyncio.AbstractEventLoop, tal
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await handle(reader, writer)
-        except ConnectionError:  # the client went away, which a handler need not care about
+        except (ConnectionError, asyncio.CancelledError):
+            # The client went away, which a handler need not care about; or the worker ends, and this being the task's
+            # outermost function there is nobody to pass the cancellation on to.
             writer.transport.abort()
         except Exception as error:  # noqa: BLE001 (the handler's border)
-            tally.failed()
             loop.call_exception_handler(
                 {"message": "The streams handler failed.", "exception": error, "transport": writer.transport}
             )
