@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
-from forkd.errors import BootError
+from forkd.errors import BootError, ForkdError
 from forkd.master.control import ControlSocket
 from forkd.master.master import Master
 from forkd.master.spawn import ChildMain
@@ -41,6 +41,7 @@ def run_foreground(settings: Settings) -> None:
     Raises:
         ForkdError: it could not come up, or gave up.
     """
+    enter_directory(settings)
     descriptor = sys.stderr.fileno() if settings.log.to is None else open_log(settings.log.to)
     with holding(settings) as (run, bound):
         start_logging(settings.name, settings.log.level, settings.log.format, descriptor)
@@ -50,6 +51,16 @@ def run_foreground(settings: Settings) -> None:
             if settings.log.to is None:
                 error.details = ""  # they stand in the log, a few lines above
             raise
+
+
+def enter_directory(settings: Settings) -> None:
+    """Changes to the working directory that the settings name, if they do. Raises ForkdError."""
+    if settings.working_directory is not None:
+        try:
+            os.chdir(settings.working_directory)
+        except OSError as error:
+            where = settings.working_directory
+            raise ForkdError(f"can't change to working_directory {where}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -86,8 +97,6 @@ def serve(
     Raises:
         BootError: it gave up.
     """
-    if settings.working_directory is not None:
-        os.chdir(settings.working_directory)
     run.pid_file.write()
     selector = selectors.DefaultSelector()
     control = ControlSocket(run.control, selector)

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import NoReturn
 
+from forkd.app.assembly import enter_directory
 from forkd.config.options import Settings
 from forkd.errors import AddressInUse, ForkdError, HandlerError
 from forkd.system.sockets import probe_listener
@@ -67,8 +68,7 @@ def _say_what_fails(settings: Settings, writer: int) -> NoReturn:
     from forkd.serve.worker import import_handlers  # noqa: PLC0415 (as in `assembly.serve`)
 
     try:
-        if settings.working_directory is not None:
-            os.chdir(settings.working_directory)
+        enter_directory(settings)
         found = [
             (index, str(result), result.details)
             for index, result in enumerate(import_handlers(settings))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from forkd.app.assembly import holding, serve, wanted_workers
+from forkd.app.assembly import enter_directory, holding, serve, wanted_workers
 from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError
 from forkd.system.logs import default_log_file, open_log, start_logging
@@ -100,6 +100,7 @@ def _become_daemon(settings: Settings, launcher: _Launcher) -> NoReturn:
 def _run_daemon(settings: Settings, launcher: _Launcher) -> None:
     from daemon import DaemonContext  # noqa: PLC0415 (nobody but `forkd start` pays for it)
 
+    enter_directory(settings)
     log_file = settings.log.to or default_log_file(settings.name)
     stream = open(open_log(log_file), "ab")  # noqa: SIM115 (it is open as long as the daemon lives)
     with holding(settings) as (run, bound):
@@ -119,7 +120,7 @@ def _run_daemon(settings: Settings, launcher: _Launcher) -> None:
         with DaemonContext(
             files_preserve=[run.pid_file.descriptor, launcher.writer, *sockets],
             umask=0o027,
-            working_directory=str(settings.working_directory or Path.cwd()),
+            working_directory=str(Path.cwd()),
             pidfile=None,
             detach_process=True,
             prevent_core=False,
@@ -129,3 +130,4 @@ def _run_daemon(settings: Settings, launcher: _Launcher) -> None:
         ):
             start_logging(settings.name, settings.log.level, settings.log.format, stream.fileno())
             serve(settings, run, bound, on_ready=lambda: launcher.say({**about, "pid": os.getpid()}), abandon=abandon)
+            launcher.failed(BootError("it was stopped before it was ready"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -41,6 +42,7 @@ class Conversation:
             who = f"{run.name} (pid {pid})" if pid else run.name
             raise ForkdError(f"{who} runs, but can't be asked at {run.control}: {error.strerror}") from None
         self._channel = Channel(sock)
+        self._heard: deque[Message] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -63,16 +65,16 @@ class Conversation:
     def hear(self, seconds: float) -> Message:
         """The next reply. Raises as `ask`."""
         deadline = time.monotonic() + seconds
-        while True:
+        while not self._heard:
             self._wait(deadline)
             try:
-                messages = self._channel.receive()
+                self._heard.extend(self._channel.receive())
             except ChannelClosed:
                 raise ForkdError(f"{self._run.name} closed the connection without an answer") from None
-            for reply in messages:
-                if not reply.get("ok"):
-                    raise ForkdError(str(reply.get("error")))
-                return reply
+        reply = self._heard.popleft()
+        if not reply.get("ok"):
+            raise ForkdError(str(reply.get("error")))
+        return reply
 
     def hear_the_end(self, seconds: float) -> None:
         """Waits until the master's process has ended. Raises ForkdError when it does not in time."""

@@ -59,9 +59,10 @@ def _stop(run: RunDirectory, *, now: bool = False) -> int:
 def restart(command: argparse.Namespace) -> int:
     """`forkd restart`. Whatever is wrong with the new settings leaves the old daemon running."""
     loaded = read_target(command)
-    if problems := [*loaded.problems, *check_all(loaded)]:
+    check_all(loaded)
+    if loaded.problems:
         print("the running daemon, if any, was left alone", file=sys.stderr)
-        raise ConfigError(problems)
+        raise ConfigError(loaded.problems)
     try:
         _stop(run_directory(loaded.settings))
     except NotRunning as error:

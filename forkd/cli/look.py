@@ -16,7 +16,7 @@ from forkd.cli.parser import make_parser
 from forkd.cli.target import read_target, run_directory_of
 from forkd.config.load import Loaded
 from forkd.config.schema import json_schema, reference_page
-from forkd.errors import ConfigError, ForkdError, NotRunning, Problem
+from forkd.errors import ConfigError, ForkdError, NotRunning
 
 _STOPPED = 3
 _DEAD = 1
@@ -81,28 +81,27 @@ def _age(seconds: float) -> str:
 def check(command: argparse.Namespace) -> int:
     """`forkd check`."""
     loaded = read_target(command)
-    if problems := [*loaded.problems, *check_all(loaded)]:
-        raise ConfigError(problems)
+    check_all(loaded)
+    if loaded.problems:
+        raise ConfigError(loaded.problems)
     print(f"{loaded.settings.name}: the settings, the addresses and the handlers are in order")
     return 0
 
 
-def check_all(loaded: Loaded) -> list[Problem]:
-    """What is wrong with the addresses and the handlers of settings that could be read."""
+def check_all(loaded: Loaded) -> None:
+    """Adds what is wrong with the addresses and the handlers to what is wrong with the settings themselves."""
     run = run_directory(loaded.settings)
     try:
         with Conversation(run) as master:
             ours = {item["address"] for item in master.ask({"verb": "status"})["status"]["listeners"]}
     except ForkdError:
         ours = set()
-    found = []
     for index, error in check_addresses(loaded.settings, ours):
-        found.append(Problem(loaded.where("listen", index, "address"), f"listen[{index}].address: {error}"))
+        loaded.add(str(error), "listen", index, "address")
     for index, reason, details in check_handlers(loaded.settings):
-        found.append(Problem(loaded.where("listen", index, "handler"), f"listen[{index}].handler: {reason}"))
+        loaded.add(reason, "listen", index, "handler")
         if details:
             print(details, end="", file=sys.stderr)
-    return found
 
 
 def schema(command: argparse.Namespace) -> int:

@@ -44,9 +44,9 @@ class Loaded:
     order: list[tuple[str, int, int]] = field(default_factory=list)  # of the problems: file, line and column
     places: dict[Keys, yaml.Mark] = field(default_factory=dict)
 
-    def where(self, *keys: str | int) -> str:
-        """Where a setting was given, as messages say it; or that it was not."""
-        return _where(self.places.get(keys) or made_mark(_name(keys)))
+    def add(self, message: str, *keys: str | int) -> None:
+        """Adds a problem of a setting, found by who tried what it says."""
+        self.problem(self.places.get(keys) or made_mark(_name(keys)), f"{_name(keys)}: {message}")
 
     def problem(self, mark: yaml.Mark, message: str) -> None:
         place = mark.name, mark.line, mark.column

@@ -7,6 +7,7 @@ mode says. A client that does not read, floods or talks nonsense loses its conne
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -53,6 +54,8 @@ class ControlSocket:
             self._sock.close()
             raise ForkdError(f"can't make the control socket {path}: {error.strerror or error}") from None
         self._sock.setblocking(False)
+        # Given up for a moment when there is no other descriptor for a client, who would else be ready for ever.
+        self._reserve = os.open(os.devnull, os.O_RDONLY)
 
     def fileno(self) -> int:
         """The listening descriptor."""
@@ -66,8 +69,10 @@ class ControlSocket:
     def _accept(self) -> None:
         try:
             sock, _ = self._sock.accept()
-        except OSError:  # it has gone again, or there is no descriptor for it now
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            return  # or it has gone again
         uid = peer_uid(sock)
         if uid not in (0, os.geteuid()):
             log.warning("refused user %d on the control socket", uid)
@@ -78,6 +83,12 @@ class ControlSocket:
         self._selector.register(client, EVENT_READ, lambda mask: self._ready(client, mask))
         if len(self._clients) >= MOST_CLIENTS:
             self._selector.unregister(self._sock)
+
+    def _turn_away(self) -> None:
+        os.close(self._reserve)
+        with contextlib.suppress(OSError):
+            self._sock.accept()[0].close()
+        self._reserve = os.open(os.devnull, os.O_RDONLY)
 
     def _ready(self, client: Channel, mask: int) -> None:
         try:
@@ -121,6 +132,8 @@ class ControlSocket:
         for client in self._clients:
             client.close()
         self._clients.clear()
+        if self._sock.fileno() >= 0:
+            os.close(self._reserve)
         self._sock.close()
 
     def remove(self) -> None:

@@ -138,6 +138,7 @@ class Master:
             case plan.Kill(pid, cause):
                 worker = self.workers[pid]
                 worker.cause = worker.cause or cause
+                worker.killed_as = worker.life
                 log.error("kills worker %d (pid %d): %s", worker.slot, pid, cause)
                 self._tell(worker, Turn.KILL, signals.KILL)
             case plan.GiveUp():
@@ -157,6 +158,9 @@ class Master:
         before, self.mode = self.mode, next_mode(self.mode, event)
         if self.mode is not before:
             log.info("%s (%s)", self.mode.value, event.value)
+        if self.mode in (Mode.DRAINING, Mode.CLOSING):  # whoever comes now is refused rather than left waiting
+            for bound in self.listeners:
+                bound.remove()
 
     def _note_events(self) -> None:
         """The events that are states of the pool."""
@@ -240,15 +244,15 @@ class Master:
         served = 0.0 if worker.ready_at is None else now - worker.ready_at
         self._slots[worker.slot] = plan.after_death(
             self._slots.get(worker.slot, plan.Slot()),
-            worker.life,
+            worker.killed_as or worker.life,
             now,
             served,
             random.random(),  # noqa: S311
         )
         expected = worker.life in (Life.DRAINING, Life.CLOSING)
-        if worker.life is Life.BOOTING and not worker.cause:
-            worker.cause = "ended before it was ready"
-            self.last_failure = BootError(f"worker {worker.slot} ended before it was ready: {ended}")
+        if worker.ready_at is None and not expected and not worker.details:
+            worker.cause = worker.cause or "it ended before it was ready"
+            self.last_failure = BootError(f"worker {worker.slot} could not boot: {worker.cause} ({ended})")
         self.deaths.append(report.certificate(worker, ended, now, expected=expected))
         self._log_death(worker, ended, expected=expected)
         self._live(worker, Turn.EXIT)

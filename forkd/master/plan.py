@@ -124,7 +124,8 @@ def make_plan(now: float, pool: Pool) -> Plan:
         if _hopeless(pool):
             plan.actions = [GiveUp()]
             return plan
-        taken = {worker.slot for worker in pool.workers if worker.life in (Life.BOOTING, Life.SERVING)}
+        # One that was killed has its slot until it is reaped: only then is it known how its successor should wait.
+        taken = {worker.slot for worker in pool.workers if worker.life in (Life.BOOTING, Life.SERVING, Life.KILLED)}
         for number in range(1, pool.wanted + 1):
             if number not in taken:
                 plan.at(now, pool.slots.get(number, Slot()).retry_at, Spawn(number))
@@ -161,13 +162,13 @@ def after_death(slot: Slot, life: Life, now: float, served: float, luck: float) 
 
     Args:
         slot: before.
-        life: what the worker was about when it ended.
+        life: what the worker was about when it ended, or when it was killed.
         now: the time.
         served: seconds for which it had served.
         luck: a random number from 0 to 1, for the jitter.
     """
     if life in (Life.DRAINING, Life.CLOSING):
-        return slot
+        return Slot() if served >= HEALTHY else slot
     failures = 1 if served >= HEALTHY else slot.failures + 1
     return Slot(failures, now + _backoff(failures) * (1 + JITTER * luck))
 

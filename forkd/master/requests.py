@@ -82,7 +82,7 @@ class Requests:
 
     def _scale(self, wanted: object, reply: Reply) -> None:
         master = self._master
-        if not isinstance(wanted, int) or not 1 <= wanted <= MOST_WORKERS:
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MOST_WORKERS:
             reply({"ok": False, "error": f"the number of workers is from 1 to {MOST_WORKERS}"})
             return
         if master.mode is not Mode.RUNNING:

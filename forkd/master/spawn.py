@@ -38,6 +38,7 @@ class Worker:
     since: float  # when this life began
     born: float
     ready_at: float | None = None
+    killed_as: Life | None = None  # what it was about when it was killed
     heard: bool = True  # whether its channel may still say something
     cause: str = ""  # why the master killed it, or what it said when it could not boot
     details: str = ""  # the traceback that came with the latter

@@ -53,7 +53,7 @@ class PollSelector(selectors.EpollSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Serves forkd's descriptors until asyncio is wanted, or `timeout` seconds are over; asyncio's ready ones."""
         poll, get_served, scheduled = self.epoll.poll, self.served.get, self._scheduled
-        for_asyncio: list[tuple[int, int]] = []
+        for_asyncio: list[tuple[selectors.SelectorKey, int]] = []
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         until = monotonic() + wait
         while True:
@@ -66,26 +66,18 @@ class PollSelector(selectors.EpollSelector):
                 ready = get_served(fd)
                 if ready is not None:
                     ready(mask)
-                else:
-                    for_asyncio.append((fd, mask))
+                elif (key := self._fd_to_key.get(fd)) is not None:  # type: ignore[attr-defined]
+                    for_asyncio.append((key, _asyncio_mask(mask) & key.events))
             if for_asyncio or scheduled or self._woken or not events or wait == 0:
                 self._woken = False
-                return self._keys(for_asyncio)
+                # What was served in between may have changed what asyncio watches. A descriptor that it watches anew
+                # and that is ready will be reported again.
+                watched = self._fd_to_key.get  # type: ignore[attr-defined]
+                return [(key, mask) for key, mask in for_asyncio if watched(key.fd) is key]
             if timeout is not None:
                 wait = until - monotonic()
                 if wait <= 0:
                     return []
-
-    def _keys(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
-        """What asyncio registered these descriptors with; looked up when all that is served was called, since that may
-        have changed it.
-        """
-        found = []
-        for fd, mask in events:
-            key = self._fd_to_key.get(fd)  # type: ignore[attr-defined]
-            if key is not None and (wanted := _asyncio_mask(mask) & key.events):
-                found.append((key, wanted))
-        return found
 
 
 def _asyncio_mask(mask: int) -> int:

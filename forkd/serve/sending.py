@@ -11,6 +11,7 @@ import logging
 import socket
 from asyncio import constants, transports
 from collections.abc import Callable, Iterable
+from contextvars import Context
 from typing import Any, Protocol
 
 from forkd.serve.loop import OUT, PollLoop
@@ -64,6 +65,7 @@ class SendingHalf(transports._FlowControlMixin):
     __slots__ = (
         "_closing",
         "_conn_lost",
+        "_context",
         "_eof_sent",
         "_error",
         "_fd",
@@ -81,6 +83,7 @@ class SendingHalf(transports._FlowControlMixin):
     _fd: int
     _send: Callable[[Buffer], int]
     _protocol: asyncio.BaseProtocol
+    _context: Context
     _peer: Any
     _keeper: Keeper
     _out: bytearray | None  # unsent bytes; None: nothing is unsent and `write` may send at once
@@ -170,7 +173,7 @@ class SendingHalf(transports._FlowControlMixin):
         if not out and not self._closing and not self._eof_sent:
             self._out = None
         # The handler may write, close or abort in it.
-        self._maybe_resume_protocol()  # type: ignore[attr-defined]
+        self._context.run(self._maybe_resume_protocol)  # type: ignore[attr-defined]
         if self._out or self._conn_lost:
             return
         self._watch(self._interest & ~OUT)

@@ -36,7 +36,7 @@ class Transport(SendingHalf):
         keeper: who counts it.
     """
 
-    __slots__ = ("__weakref__", "_context", "_deliver", "_paused", "_reader", "_recv")
+    __slots__ = ("__weakref__", "_deliver", "_paused", "_reader", "_recv", "_sockname")
 
     # For loop.start_tls and loop.sendfile, which ask a transport what it can do.
     _start_tls_compatible = True
@@ -55,6 +55,7 @@ class Transport(SendingHalf):
         self._recv = sock.recv
         self._send = sock.send
         self._peer = peer
+        self._sockname: Any = None  # asked for at the first need
         self._keeper = keeper
         self._out = None
         self._interest = 0
@@ -305,10 +306,12 @@ class Transport(SendingHalf):
         if name == "peername":
             return self._peer
         if name == "sockname":
-            try:
-                return self._sock.getsockname()
-            except OSError:
-                return default
+            if self._sockname is None:
+                try:
+                    self._sockname = self._sock.getsockname()
+                except OSError:
+                    return default
+            return self._sockname
         if name == "socket":
             return trsock.TransportSocket(self._sock)
         return default

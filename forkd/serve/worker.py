@@ -101,6 +101,7 @@ class Worker:
         self._tally = Tally(station.row)
         loop.on_error = self._tally.failed
         self._balance = Balance(loop, board, self._tally)
+        self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
         self._draining = False
         self._ended = False
         self._next_beat = loop.time()
@@ -130,7 +131,7 @@ class Worker:
     def _server(self, bound: BoundListener, handler: Handler) -> ProtocolServer:
         factory = handler.target
         if handler.form == "streams":
-            factory = streams_factory(handler.target, self._loop)
+            factory = streams_factory(handler.target, self._loop, self._conversations)
         return ProtocolServer(self._loop, factory, self._tally, bound.listener.limits.write_buffer)
 
     def _beat(self) -> None:
@@ -212,6 +213,8 @@ class Worker:
         self._tally.on_closed = None
         for transport in self._transports():
             transport.abort()
+        if self._conversations:
+            self._loop.run_until_complete(asyncio.wait(list(self._conversations), timeout=_LAST_WORDS))
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()

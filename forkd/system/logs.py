@@ -102,6 +102,8 @@ def open_log(path: Path) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    except FileExistsError:
+        raise ForkdError(f"can't open the log file {path}: {path.parent} is not a directory") from None
     except OSError as error:
         raise ForkdError(f"can't open the log file {path}: {error.strerror}") from None
 

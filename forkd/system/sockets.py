@@ -98,6 +98,9 @@ def probe_listener(listener: Listener) -> None:
 
 
 def _in_use(address: Address) -> AddressInUse:
+    path = Path(address.path)
+    if address.scheme == "unix" and not address.abstract and path.exists() and not path.is_socket():
+        return AddressInUse(f"{address} is in use by a file that is not a socket")
     holder = holder_of(address)
     return AddressInUse(f"{address} is in use" + (f" by {holder}" if holder else ""))
 
