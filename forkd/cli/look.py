@@ -97,9 +97,9 @@ def check_all(loaded: Loaded) -> None:
     except ForkdError:
         ours = set()
     for index, error in check_addresses(loaded.settings, ours):
-        loaded.add(str(error), "listen", index, "address")
+        loaded.add(str(error), "listen", loaded.listeners[index], "address")
     for index, reason, details in check_handlers(loaded.settings):
-        loaded.add(reason, "listen", index, "handler")
+        loaded.add(reason, "listen", loaded.listeners[index], "handler")
         if details:
             print(details, end="", file=sys.stderr)
 

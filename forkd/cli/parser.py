@@ -30,6 +30,21 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
+class _Command(_Parser):
+    """A command's parser: options may stand between its TARGET and its N."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed:  # which it calls itself
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command that the arguments mean; its `run` runs it and returns the exit status.
 
@@ -60,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"forkd {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
 
     for name, run, sentence in (
         ("run", "lifecycle:run", "run in the foreground, logging to stderr"),

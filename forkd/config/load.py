@@ -37,11 +37,13 @@ class Loaded:
     Attributes:
         settings: what could be read; the default stands in for what is wrong.
         problems: all mistakes, in the order of the file.
+        listeners: where in the file's sequence each of the settings' listeners stands; wrong ones are left out.
     """
 
     settings: Settings = field(default_factory=lambda: Settings(listen=()))
     problems: list[Problem] = field(default_factory=list)
     order: list[tuple[str, int, int]] = field(default_factory=list)  # of the problems: file, line and column
+    listeners: list[int] = field(default_factory=list)
     places: dict[Keys, yaml.Mark] = field(default_factory=dict)
 
     def add(self, message: str, *keys: str | int) -> None:
@@ -92,6 +94,7 @@ def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: d
             reading.problem(made_mark(override.where), str(error))
     values = _section(root, Settings, (), reading, base or {})
     _check_listeners(values.get("listen", ()), reading)
+    reading.listeners = [index for index, item in enumerate(values.get("listen", ())) if item is not _WRONG]
     for key, value in values.items():
         if isinstance(value, tuple):
             values[key] = tuple(item for item in value if item is not _WRONG)

@@ -251,8 +251,9 @@ class Master:
         )
         expected = worker.life in (Life.DRAINING, Life.CLOSING)
         if worker.ready_at is None and not expected and not worker.details:
+            why = f"could not boot: {worker.cause}" if worker.cause else f"ended before it was ready: {ended}"
+            self.last_failure = BootError(f"worker {worker.slot} {why}")
             worker.cause = worker.cause or "it ended before it was ready"
-            self.last_failure = BootError(f"worker {worker.slot} could not boot: {worker.cause} ({ended})")
         self.deaths.append(report.certificate(worker, ended, now, expected=expected))
         self._log_death(worker, ended, expected=expected)
         self._live(worker, Turn.EXIT)

@@ -168,7 +168,7 @@ def after_death(slot: Slot, life: Life, now: float, served: float, luck: float) 
         luck: a random number from 0 to 1, for the jitter.
     """
     if life in (Life.DRAINING, Life.CLOSING):
-        return Slot() if served >= HEALTHY else slot
+        return slot  # it had left the slot, which may be another's by now
     failures = 1 if served >= HEALTHY else slot.failures + 1
     return Slot(failures, now + _backoff(failures) * (1 + JITTER * luck))
 
