@@ -13,6 +13,7 @@ from typing import NoReturn
 from forkd.app.assembly import enter_directory
 from forkd.config.options import Settings
 from forkd.errors import AddressInUse, ForkdError, HandlerError
+from forkd.master.spawn import Exit
 from forkd.system.sockets import probe_listener
 
 
@@ -47,34 +48,39 @@ def check_handlers(settings: Settings) -> list[tuple[int, str, str]]:
         os.close(reader)
         _say_what_fails(settings, writer)
     os.close(writer)
+    words, late = _read_until(reader, time.monotonic() + settings.boot_timeout)
+    if late:
+        os.kill(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    results = [json.loads(line) for line in words.splitlines()]
+    found = [(index, *result) for index, result in enumerate(results) if result]
+    if len(results) < len(settings.listen):
+        how = "took longer than boot_timeout" if late else f"ended the process, {Exit(child, status, usage.ru_maxrss)}"
+        found.append((len(results), f"importing it {how}", ""))
+    return found
+
+
+def _read_until(descriptor: int, deadline: float) -> tuple[bytes, bool]:
+    """What comes up to the end of file, and whether that did not come in time; closes the descriptor."""
     words = b""
-    deadline = time.monotonic() + settings.boot_timeout
-    with open(reader, "rb", buffering=0) as pipe:
+    with open(descriptor, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
             portion = pipe.read(65536)
             if not portion:
-                break
+                return words, False
             words += portion
-        else:
-            os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not words:
-        return [(0, f"importing the handlers ended the process ({status}) or took longer than boot_timeout", "")]
-    return [(index, reason, details) for index, reason, details in json.loads(words)]
+    return words, True
 
 
 def _say_what_fails(settings: Settings, writer: int) -> NoReturn:
-    """In a child: imports each handler and says what went wrong."""
+    """In a child: imports each handler, and writes for each a line with what went wrong, or null."""
     from forkd.serve.worker import import_handlers  # noqa: PLC0415 (as in `assembly.serve`)
 
     try:
         enter_directory(settings)
-        found = [
-            (index, str(result), result.details)
-            for index, result in enumerate(import_handlers(settings))
-            if isinstance(result, HandlerError)
-        ]
-        with open(writer, "wb") as pipe:
-            pipe.write(json.dumps(found).encode())
+        with open(writer, "wb", buffering=0) as pipe:
+            for result in import_handlers(settings):
+                wrong = [str(result), result.details] if isinstance(result, HandlerError) else None
+                pipe.write(json.dumps(wrong).encode() + b"\n")
     finally:
         os._exit(0)

@@ -205,11 +205,11 @@ def _value(node: yaml.Node, kind: Kind[Any] | ListOf | type, keys: Keys, reading
 def _scalar(node: yaml.Node, kind: Kind[Any], keys: Keys, reading: Loaded) -> Any:
     name = _name(keys)
     if not isinstance(node, yaml.ScalarNode):
-        reading.problem(node.start_mark, f"{name}: expected a {kind.name}, found {_what(node)}")
+        reading.problem(node.start_mark, f"{name}: expected {_a(kind.name)}, found {_what(node)}")
     elif not _check_tag(node, _PLAIN_TAGS, keys, reading):
         return _WRONG
     elif not node.value and node.style is None:
-        reading.problem(node.start_mark, f"{name}: has no value; expected a {kind.name}")
+        reading.problem(node.start_mark, f"{name}: has no value; expected {_a(kind.name)}")
     else:
         try:
             return kind.parse(node.value)
@@ -223,6 +223,10 @@ def _check_tag(node: yaml.Node, known: set[str], keys: Keys, reading: Loaded) ->
     if node.tag not in known:
         reading.problem(node.start_mark, f"{_name(keys)}: tags such as {node.tag} have no meaning here")
     return node.tag in known
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _name(keys: Keys) -> str:

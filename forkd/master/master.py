@@ -99,7 +99,7 @@ class Master:
         self._wakeup.install()
         self._selector.register(self._wakeup, selectors.EVENT_READ, lambda mask: self._signalled())
         self._control.serve(self._requests.answer)
-        log.info("starts %d workers on %s", self.wanted, ", ".join(str(bound.address) for bound in self.listeners))
+        log.info("listens on %s; workers: %d", ", ".join(str(bound.address) for bound in self.listeners), self.wanted)
         while self.mode is not Mode.OVER:
             self._turn()
         self._requests.settle()

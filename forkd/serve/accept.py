@@ -110,6 +110,7 @@ class Acceptor:
     def queue(self) -> None:
         """Joins the listener's wait queue, at its end."""
         self._selector.served[self._fd] = self.ready
+        self._selector.first.add(self._fd)
         self._selector.epoll.register(self._fd, IN_EXCLUSIVE)
         self.queued = True
 
@@ -129,6 +130,7 @@ class Acceptor:
         """Leaves for good and closes this process's copy of the listener."""
         self.leave()
         self._selector.served.pop(self._fd, None)
+        self._selector.first.discard(self._fd)
         self._sock.close()
 
     def ready(self, mask: int) -> None:

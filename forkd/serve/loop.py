@@ -32,12 +32,15 @@ class PollSelector(selectors.EpollSelector):
 
     Attributes:
         served: what to call for each of forkd's descriptors; it may be there while epoll does not watch it.
+        first: descriptors that are served before all others of a round: listeners, since the client that woke this
+            worker alone should not wait for its work for others.
         epoll: the epoll object (epoll(7)); `register`, `modify` and `unregister` it for what is in `served` only.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.served: dict[int, Ready] = {}
+        self.first: set[int] = set()
         self.epoll: select.epoll = self._selector  # type: ignore[attr-defined]
         self._scheduled: Collection[Handle] = ()
         self._woken = False
@@ -52,16 +55,14 @@ class PollSelector(selectors.EpollSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Serves forkd's descriptors until asyncio is wanted, or `timeout` seconds are over; asyncio's ready ones."""
-        poll, get_served, scheduled = self.epoll.poll, self.served.get, self._scheduled
+        poll, get_served, first, scheduled = self.epoll.poll, self.served.get, self.first, self._scheduled
         for_asyncio: list[tuple[selectors.SelectorKey, int]] = []
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         until = monotonic() + wait
         while True:
             events = poll(wait)
-            if len(events) > 1:
-                # Listeners were opened before any connection, so they have the lowest numbers and come first: the
-                # client that woke this worker alone should not wait for the work of all the others.
-                events.sort()
+            if len(events) > 1 and (ahead := [event for event in events if event[0] in first]):
+                events = ahead + [event for event in events if event[0] not in first]
             for fd, mask in events:
                 ready = get_served(fd)
                 if ready is not None:

@@ -13,7 +13,6 @@ import os
 import socket
 from asyncio import constants, trsock
 from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 from forkd.serve.loop import ERR, IN, OUT, PollLoop
@@ -67,7 +66,7 @@ class Transport(SendingHalf):
         # As with asyncio's transport, a context variable that is set while one connection is served is not seen by
         # others.
         self._context = copy_context()
-        self._deliver: Any  # data_received of the protocol in charge, in the context
+        self._deliver: Any  # data_received of the protocol in charge
         self._reader: Any  # what reads for it
         self.set_protocol(protocol)
         loop.selector.served[self._fd] = self._mixed_ready
@@ -101,7 +100,7 @@ class Transport(SendingHalf):
             self._end_of_file()
             return
         try:
-            self._deliver(data)
+            self._context.run(self._deliver, data)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 (the handler's border)
@@ -296,7 +295,7 @@ class Transport(SendingHalf):
             self._deliver = None
             self._reader = self._buffer_ready
         else:
-            self._deliver = partial(self._context.run, protocol.data_received)  # type: ignore[attr-defined]
+            self._deliver = protocol.data_received  # type: ignore[attr-defined]
             self._reader = self._data_ready
         if self._interest & IN:
             self._loop.selector.served[self._fd] = self._reader

@@ -199,7 +199,7 @@ class Worker:
             self.drain(0)
             return
         if self._tally.active:
-            log.info("closes %d connections", self._tally.active)
+            log.info("closes what is open: %d", self._tally.active)
         for transport in self._transports():
             transport.close()
         self._loop.call_later(_LAST_WORDS, self._end)

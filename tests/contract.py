@@ -1,0 +1,267 @@
+"""What the tests of the transport share: one kit for forkd's transport and asyncio's own, so that the same tests hold
+both to one contract.
+
+A kit has a loop, connects protocols to blocking peer sockets, runs the loop until something is so, and at its end finds
+that nothing was left open and no failure went unlooked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from forkd.serve.loop import PollLoop
+from forkd.serve.transport import Transport
+
+DEADLINE = 20.0
+
+#: More than the kernel holds of a connection by a socket pair.
+MUCH = 4 * 1024 * 1024
+
+
+class Keeper:
+    """Counts what a transport tells of itself, and what forkd's loop tells of failures."""
+
+    def __init__(self) -> None:
+        self.write_limit = 0
+        self.ended = 0
+        self.errors = 0
+
+    def closed(self) -> None:
+        self.ended += 1
+
+    def failed(self) -> None:
+        self.errors += 1
+
+
+class Calls:
+    """Writes down the calls of a protocol, and lets hooks (called with the protocol and the arguments) do the rest."""
+
+    def __init__(self, kit: Kit, **hooks: Callable[..., Any]) -> None:
+        self.kit = kit
+        self.hooks = hooks
+        self.calls: list[str] = []
+        self.received = bytearray()
+        self.lost: list[BaseException | None] = []
+        self.transport: Any = None
+
+    def called(self, name: str, *arguments: Any) -> Any:
+        self.calls.append(name)
+        try:
+            return self.hooks[name](self, *arguments) if name in self.hooks else None
+        finally:
+            self.kit.look()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.called("connection_made")
+
+    def eof_received(self) -> Any:
+        return self.called("eof_received")
+
+    def pause_writing(self) -> None:
+        self.called("pause_writing")
+
+    def resume_writing(self) -> None:
+        self.called("resume_writing")
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self.lost.append(error)
+        self.called("connection_lost")
+
+
+class Recorder(Calls, asyncio.Protocol):
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        self.called("data_received", data)
+
+
+class BufferedRecorder(Calls, asyncio.BufferedProtocol):
+    def __init__(self, kit: Kit, size: int = 4096, **hooks: Callable[..., Any]) -> None:
+        super().__init__(kit, **hooks)
+        self.buffer = bytearray(size)
+
+    def get_buffer(self, sizehint: int) -> Any:
+        replacement = self.called("get_buffer", sizehint)
+        return memoryview(self.buffer) if replacement is None else replacement
+
+    def buffer_updated(self, count: int) -> None:
+        self.received += self.buffer[:count]
+        self.called("buffer_updated", count)
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection over loopback TCP: the accepted one and the client's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), timeout=DEADLINE)
+        return listener.accept()[0], client
+
+
+class Kit:
+    """A loop and connections on it, of forkd's transport or of asyncio's (`kind`)."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.loop: Any = PollLoop() if kind == "forkd" else asyncio.SelectorEventLoop()
+        self.loop.set_exception_handler(lambda _, context: self.reported.append(context))
+        self.reported: list[dict[str, Any]] = []
+        self.keeper = Keeper()
+        self.loop.on_error = self.keeper.failed
+        self._transports: list[Any] = []
+        self._sockets: list[socket.socket] = []
+        self._served: list[socket.socket] = []
+        self._waiting: tuple[Callable[[], bool], asyncio.Future[None]] | None = None
+
+    def connect(
+        self,
+        protocol: Any,
+        pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
+        first: bytes = b"",
+    ) -> tuple[Any, socket.socket]:
+        """The protocol's transport and the peer's socket, on which `first` was sent before the protocol knew of it."""
+        served, peer = self.pair(pair)
+        self._served.append(served)
+        peer.settimeout(DEADLINE)
+        peer.sendall(first)
+        return self.run(self._serve(protocol, served)), peer
+
+    def pair(
+        self, pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair
+    ) -> tuple[socket.socket, socket.socket]:
+        """Two ends of a connection, not blocking, which are closed with the kit at the latest."""
+        ends = pair()
+        self._sockets += ends
+        for end in ends:
+            end.setblocking(False)
+        return ends
+
+    async def _serve(self, protocol: Any, served: socket.socket) -> Any:
+        if self.kind == "forkd":
+            transport = Transport(self.loop, served, protocol, served.getpeername(), self.keeper)
+            self._transports.append(transport)
+            transport.start()
+        else:
+            transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, served)
+            self._transports.append(transport)
+        return transport
+
+    def run(self, awaitable: Any) -> Any:
+        return self.loop.run_until_complete(asyncio.wait_for(awaitable, DEADLINE))
+
+    def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What a blocking call returns while the loop runs on."""
+        return self.run(self.loop.run_in_executor(None, call, *arguments))
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        """Runs the loop until a call of a recorder's makes this true."""
+        if not condition():
+            self._waiting = condition, self.loop.create_future()
+            self.run(self._waiting[1])
+
+    @property
+    def served(self) -> int:
+        """How many connections there were."""
+        return len(self._served)
+
+    def look(self) -> None:
+        if self._waiting and not self._waiting[1].done() and self._waiting[0]():
+            self._waiting[1].set_result(None)
+
+    def turn(self) -> None:
+        """Runs the loop for some rounds, enough for whatever is ready to be seen to."""
+
+        async def rounds() -> None:
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        self.run(rounds())
+
+    def on_byte(self, hook: Callable[[], Any]) -> tuple[Recorder, Callable[[], None]]:
+        """A new connection whose protocol calls this when it receives, and what sends it a byte."""
+        protocol = Recorder(self, data_received=lambda *_: hook())
+        _, peer = self.connect(protocol)
+        return protocol, lambda: peer.sendall(b"x")
+
+    def take_reported(self) -> list[dict[str, Any]]:
+        """What the loop's exception handler was told since it was asked last."""
+        reported, self.reported = self.reported, []
+        return reported
+
+    def close(self) -> None:
+        """Ends everything, and finds that the transports have closed their sockets."""
+        try:
+            for transport in self._transports:
+                if transport.get_protocol() is not None:  # asyncio's own can't be aborted when it is over
+                    transport.abort()
+            self.turn()
+            self.run(self.loop.shutdown_default_executor())
+            assert [sock for sock in self._served if sock.fileno() != -1] == []
+        finally:
+            self.loop.close()
+            for sock in self._sockets:
+                sock.close()
+
+
+def descriptors() -> Counter[str]:
+    """What the descriptors of this process refer to, by kind."""
+    found: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[os.readlink(f"/proc/self/fd/{name}").partition(":")[0]] += 1
+        except OSError:  # the descriptor that lists the directory
+            continue
+    return found
+
+
+def _kits(request: pytest.FixtureRequest) -> Iterator[Kit]:
+    before = descriptors()
+    kit = Kit(request.param)
+    yield kit
+    kit.close()
+    assert kit.reported == []
+    assert descriptors() == before
+    if kit.kind == "forkd":
+        assert kit.loop.selector.served == {}
+        assert kit.keeper.ended == kit.served
+
+
+@pytest.fixture(name="pipe")
+def watched_pipe(kit: Kit) -> Iterator[tuple[int, int]]:
+    """A pipe for the loop to watch: the reading and the writing end."""
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    yield ends
+    for end in ends:
+        kit.loop.remove_reader(end)
+        kit.loop.remove_writer(end)
+        os.close(end)
+
+
+kits = pytest.fixture(params=["asyncio", "forkd"], name="kit")(_kits)
+
+#: For what asyncio does not promise, or does worse.
+forkd_only = pytest.mark.parametrize("kit", ["forkd"], indirect=True)
+
+
+def read_to_end(peer: socket.socket) -> bytes:
+    """All that comes until end of file."""
+    pieces = []
+    while piece := peer.recv(1 << 20):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def read_exactly(peer: socket.socket, count: int) -> bytes:
+    """That many bytes, or fewer if the file ends before them."""
+    pieces = []
+    while count and (piece := peer.recv(count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)

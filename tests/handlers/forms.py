@@ -1,0 +1,44 @@
+"""A handler of each form: each says which it is, then echoes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+
+class AsClass(asyncio.Protocol):
+    """Says its word, then echoes."""
+
+    word = b"class\n"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(self.word)
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+def from_factory() -> AsClass:
+    """A protocol with another word."""
+    protocol = AsClass()
+    protocol.word = b"factory\n"
+    return protocol
+
+
+async def as_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """The same by streams."""
+    writer.write(b"streams\n")
+    while data := await reader.read(4096):
+        writer.write(data)
+        await writer.drain()
+
+
+async def with_farewell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An echo that has something to do, over some turns of the loop, when its client has gone."""
+    while data := await reader.read(4096):
+        writer.write(data)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    logging.getLogger("forms").info("said farewell")

@@ -1,0 +1,107 @@
+"""Addresses: every form that is read, shown and read again, and what is said of those that are not addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forkd.config.address import LONGEST_PATH, Address, parse_address
+
+PORTS = st.integers(0, 65535)
+HOSTS = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,10}[a-z0-9])?(\.[a-z0-9]{1,5}){0,2}", fullmatch=True)
+PATHS = st.text(string.ascii_letters + string.digits + "/._- äß日", min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("tcp://127.0.0.1:7007", Address("tcp", host="127.0.0.1", port=7007)),
+        ("tcp://localhost:0", Address("tcp", host="localhost", port=0)),
+        ("tcp://[::1]:65535", Address("tcp", host="::1", port=65535)),
+        ("tcp://[::]:80", Address("tcp", host="::", port=80)),
+        ("tcp://[::ffff:127.0.0.1]:80", Address("tcp", host="::ffff:127.0.0.1", port=80)),
+        ("tcp://[fe80::1%eth0]:80", Address("tcp", host="fe80::1%eth0", port=80)),
+        ("tcp://[fe80::1%br-lan]:80", Address("tcp", host="fe80::1%br-lan", port=80)),
+        ("unix:/run/x.sock", Address("unix", path="/run/x.sock")),
+        ("unix:/with space", Address("unix", path="/with space")),
+        ("unix:@name", Address("unix", path="@name")),
+        ("unix:/" + "x" * (LONGEST_PATH - 1), Address("unix", path="/" + "x" * (LONGEST_PATH - 1))),
+    ],
+)
+def test_an_address_is_read_and_shown_as_it_was_written(text: str, address: Address) -> None:
+    assert parse_address(text) == address
+    assert str(address) == text
+
+
+def test_only_a_unix_address_that_begins_with_an_at_sign_is_abstract() -> None:
+    texts = ["unix:@x", "unix:/@x", "tcp://127.0.0.1:0"]
+    assert [parse_address(text).abstract for text in texts] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"),
+        ("nonsense", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"),
+        ("udp://127.0.0.1:53", "is not an address"),
+        ("TCP://127.0.0.1:53", "is not an address"),
+        ("tcp:127.0.0.1:80", "is not an address"),
+        ("127.0.0.1:80", "did you mean tcp://127.0.0.1:80?"),
+        ("localhost:80", "did you mean tcp://localhost:80?"),
+        ("[::1]:80", "did you mean tcp://[::1]:80?"),
+        ("/run/x.sock", "did you mean unix:/run/x.sock?"),
+        ("@x", "did you mean unix:@x?"),
+        ("tcp://127.0.0.1", "has no port; write tcp://HOST:PORT, with port 0 for any free one"),
+        ("tcp://[::1]", "has no port"),
+        ("tcp://::1:80", "an IPv6 host stands in brackets, as in tcp://[::1]:7007"),
+        ("tcp://[::1:80", "as in tcp://127.0.0.1:7007"),
+        ("tcp://127.0.0.1:65536", "a port is at most 65535"),
+        ("tcp://127.0.0.1:http", "as in tcp://127.0.0.1:7007"),
+        ("tcp://127.0.0.1:-1", "as in tcp://127.0.0.1:7007"),
+        ("tcp://127.0.0.1:٨٠", "as in tcp://127.0.0.1:7007"),
+        ("tcp://127.0.0.1:80/", "as in tcp://127.0.0.1:7007"),
+        ("tcp://127.0.0.1:80\n", "as in tcp://127.0.0.1:7007"),
+        ("tcp://user@host:80", "as in tcp://127.0.0.1:7007"),
+        ("tcp://:80", "as in tcp://127.0.0.1:7007"),
+        ("tcp://[zzz]:80", ""),
+        ("tcp://[127.0.0.1]:80", ""),
+        ("unix:", "write unix: and an absolute path, or unix:@name"),
+        ("unix:/", "write unix: and an absolute path, or unix:@name"),
+        ("unix:@", "write unix: and an absolute path, or unix:@name"),
+        ("unix:x.sock", "write unix: and an absolute path, or unix:@name"),
+        ("unix:/" + "x" * LONGEST_PATH, f"at most {LONGEST_PATH} bytes, this one {LONGEST_PATH + 1}"),
+        ("unix:/" + "ä" * 60, f"at most {LONGEST_PATH} bytes, this one 121"),
+        ("unix:@a\0b", "no NUL in it"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_what_was_meant(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        parse_address(text)
+    assert said in str(caught.value)
+    assert repr(text) in str(caught.value)
+
+
+@given(
+    st.one_of(
+        st.builds(lambda host, port: f"tcp://{host}:{port}", HOSTS, PORTS),
+        st.builds(lambda host, port: f"tcp://{host}:{port}", st.ip_addresses(v=4), PORTS),
+        st.builds(lambda host, port: f"tcp://[{host}]:{port}", st.ip_addresses(v=6).map(ipaddress.ip_address), PORTS),
+        PATHS.map(lambda path: f"unix:/{path}"),
+        PATHS.map(lambda name: f"unix:@{name}"),
+    )
+)
+def test_every_address_is_shown_as_it_was_written(text: str) -> None:
+    assert str(parse_address(text)) == text
+
+
+@given(st.one_of(st.text(), st.text("tcpunix:/@[]%.0123456789abcdef-")))
+def test_any_text_is_an_address_that_reads_again_or_is_refused(text: str) -> None:
+    try:
+        address = parse_address(text)
+    except ValueError:
+        return
+    assert parse_address(str(address)) == address

@@ -1,0 +1,128 @@
+"""What imports what: the package's rows, the two sides that never meet, and what a process never loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import forkd
+
+ROOT = Path(forkd.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+#: The parts, lowest first. A module imports its own part and lower ones; `master` and `serve` are in one row.
+ROWS = [
+    ["errors", "signals", "states", "wire"],
+    ["config"],
+    ["system"],
+    ["builtin", "master", "serve"],
+    ["app"],
+    ["cli"],
+]
+WORDS = {"errors", "signals", "states", "wire"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module of forkd that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "forkd")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            if node.module == "forkd":
+                yield from (f"forkd.{alias.name}" for alias in node.names if f"forkd.{alias.name}" in MODULES)
+            elif (node.module or "").startswith("forkd."):
+                yield str(node.module)
+
+
+def part(module: str) -> str:
+    return module.split(".")[1]
+
+
+def row(module: str) -> int:
+    return next(number for number, parts in enumerate(ROWS) if part(module) in parts)
+
+
+def loaded(program: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after a program, and did not have before it."""
+    before = "import json, sys; before = set(sys.modules)\n"
+    after = "\nprint(json.dumps(sorted(set(sys.modules) - before)), file=sys.stderr)"
+    result = subprocess.run(
+        [sys.executable, "-c", before + program + after], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(json.loads(result.stderr))
+
+
+def test_every_module_belongs_to_a_row() -> None:
+    of_rows = {one for parts in ROWS for one in parts}
+    assert {part(module) for module in MODULES if "." in module} - {"__main__"} == of_rows
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name and name != "forkd.__main__"])
+def test_a_module_imports_its_own_part_and_lower_rows_alone(module: str) -> None:
+    strays = [
+        found
+        for found in imports(MODULES[module])
+        if part(found) != part(module) and row(found) >= row(module) and not {part(found), part(module)} <= WORDS
+    ]
+    assert strays == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    wanted = {module: set(imports(path)) & set(MODULES) for module, path in MODULES.items()}
+    while free := [module for module, needs in wanted.items() if not needs & set(wanted)]:
+        for module in free:
+            del wanted[module]
+    assert wanted == {}
+
+
+@pytest.mark.parametrize(("side", "other"), [("master", "serve"), ("serve", "master")])
+def test_the_two_sides_never_meet(side: str, other: str) -> None:
+    modules = [module for module in MODULES if module.startswith(f"forkd.{side}.")]
+    assert modules
+    found = loaded("\n".join(f"import {module}" for module in modules))
+    assert f"forkd.{side}" in found
+    assert [module for module in found if module.startswith((f"forkd.{other}", "forkd.app", "forkd.cli"))] == []
+
+
+def test_the_master_loads_neither_asyncio_nor_ssl_nor_a_handler() -> None:
+    found = loaded("import forkd.master.master")
+    assert "forkd.master.master" in found
+    assert found & {"asyncio", "ssl", "_ssl", "forkd.builtin", "multiprocessing"} == set()
+
+
+def test_the_daemons_assembly_loads_no_asyncio_before_a_worker_is_forked() -> None:
+    found = loaded("import forkd.app.assembly, forkd.app.start, forkd.app.check")
+    assert found & {"asyncio", "ssl"} == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["--version"], ["stert"]])
+def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> None:
+    program = (
+        f"import contextlib\nfrom forkd.cli import main\nwith contextlib.suppress(SystemExit): main({arguments!r})"
+    )
+    found = loaded(f"import os; sys.stderr, kept = open(os.devnull, 'w'), sys.stderr\n{program}\nsys.stderr = kept")
+    assert "forkd.cli.parser" in found
+    heavy = ("yaml", "asyncio", "ssl", "daemon", "forkd.app", "forkd.master", "forkd.serve", "forkd.system")
+    assert [module for module in found if module.startswith(heavy)] == []
+
+
+def test_only_one_module_imports_what_a_user_names() -> None:
+    """`cli.parser` and `cli.look` import forkd's own modules and shtab late, by names of their own."""
+    text = {module: path.read_text() for module, path in MODULES.items()}
+    late = {module for module, source in text.items() if "import_module" in source or "__import__" in source}
+    assert late == {"forkd.serve.handlers.load", "forkd.cli.parser", "forkd.cli.look"}
+
+
+def test_only_the_places_that_are_known_for_it_fork() -> None:
+    found = {module for module, path in MODULES.items() if "os.fork(" in path.read_text()}
+    assert found <= {"forkd.master.spawn", "forkd.app.start", "forkd.app.check", "forkd.app.assembly"}
+    assert "forkd.master.spawn" in found

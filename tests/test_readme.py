@@ -1,0 +1,63 @@
+"""What the README tells a newcomer to type works: its handlers, its settings file, and a client that is no Python."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import Harness
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block(language: str, first: str) -> str:
+    """The README's code block that has this in it."""
+    return next(text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if first in text)
+
+
+@pytest.fixture
+def shout(harness: Harness) -> Harness:
+    """A directory with the README's handlers in `shout.py`."""
+    module = block("python", "class Shout") + block("python", "async def greet")
+    (harness.directory / "shout.py").write_text(module)
+    return harness
+
+
+@pytest.mark.parametrize(
+    ("handler", "said", "heard"),
+    [("shout:Shout", b"hello\n", b"HELLO\n"), ("shout:greet", b"world\n", b"Hello world\n")],
+)
+@pytest.mark.parametrize("client", [["nc", "-q", "5"], ["socat", "-t", "5", "-"]], ids=["nc", "socat"])
+def test_its_handlers_answer_to_other_peoples_clients(
+    shout: Harness, handler: str, said: bytes, heard: bytes, client: list[str]
+) -> None:
+    daemon = shout.daemon(target=handler).run()
+    host, port = daemon.address.removeprefix("tcp://").split(":")
+    where = [f"tcp:{host}:{port}"] if client[0] == "socat" else [host, port]
+    answer = subprocess.run([*client, *where], input=said, capture_output=True, timeout=30, check=True)
+    assert answer.stdout == heard
+
+
+def test_its_settings_file_is_right(shout: Harness) -> None:
+    settings = yaml.safe_load(block("yaml", "workers: 4"))
+    for listener in settings["listen"]:
+        listener["address"] = re.sub(r":7007$", ":0", listener["address"])
+        listener["address"] = listener["address"].replace("/run/", f"{shout.directory}/")
+    settings["python_path"] = [str(shout.directory)]
+    file = shout.directory / "shout.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    result = shout.daemon(target=file, listen=(), workers=None).command("check")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_mistakes_it_shows_are_told_as_it_shows_them(harness: Harness) -> None:
+    file = harness.directory / "shout.yaml"
+    file.write_text(block("yaml", "workers: 4").replace("workers", "wokers").replace("30s  ", "30   "))
+    result = harness.daemon(target=file, listen=(), workers=None).command("check")
+    shown = re.findall(r"/etc/forkd/shout.yaml:.*", README)
+    assert len(shown) == 2
+    for line in shown:
+        assert line.replace("/etc/forkd/shout.yaml", str(file)) in result.stderr

@@ -1,0 +1,185 @@
+"""The JSON Schema and the reference page: valid, complete, and of one mind with the loader on what may be
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+
+from forkd.config.load import read_settings
+from forkd.config.options import ListOf, Settings, default_of, options
+from forkd.config.schema import json_schema, reference_page
+from forkd.config.units import Kind
+
+EXAMPLES = Path(__file__).parent.parent / "etc" / "forkd"
+
+LISTENER = "address: 'unix:/tmp/x', handler: 'a:b'"
+
+
+def every_setting(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, str, type]]:
+    """Key as the reference page writes it, last name, section; for every setting there is."""
+    for name, option in options(section).items():
+        yield prefix + name, name, section
+        if isinstance(option.kind, ListOf) and isinstance(option.kind.item, type):
+            yield from every_setting(option.kind.item, f"{prefix}{name}[].")
+        elif isinstance(option.kind, type):
+            yield from every_setting(option.kind, f"{prefix}{name}.")
+
+
+SETTINGS = list(every_setting())
+
+
+def described(section: type) -> dict[str, Any]:
+    """The part of the schema that is about a section."""
+    for key, _, found in SETTINGS:
+        if found is section:
+            node = json_schema()
+            for part in key.split(".")[:-1]:
+                node = node["properties"][part.removesuffix("[]")]
+                node = node.get("items", node)
+            return node["properties"]
+    raise LookupError(section)
+
+
+def test_the_schema_is_valid_draft_07() -> None:
+    schema = json_schema()
+    Draft7Validator.check_schema(schema)
+    assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
+
+
+@pytest.mark.parametrize(("key", "name", "section"), SETTINGS)
+def test_every_setting_is_in_the_schema_with_its_sentence_and_a_default_that_it_allows(
+    key: str, name: str, section: type
+) -> None:
+    found = described(section)[name]
+    assert found["description"] == options(section)[name].doc
+    if "default" in found:
+        assert Draft7Validator(found).is_valid(found["default"]), (key, found["default"])
+        kind = options(section)[name].kind
+        assert isinstance(kind, Kind)
+        assert kind.parse(str(found["default"])) == default_of(section, name)
+
+
+@pytest.mark.parametrize(("key", "name", "section"), SETTINGS)
+def test_every_setting_has_its_row_on_the_reference_page(key: str, name: str, section: type) -> None:
+    rows = [line for line in reference_page().splitlines() if line.startswith(f"| `{key}` |")]
+    assert len(rows) == 1
+    assert rows[0].endswith(f" | {options(section)[name].doc} |")
+    assert rows[0].replace("\\|", "").count("|") == 5
+    assert ("| required |" in rows[0]) == options(section)[name].required
+
+
+def test_the_example_has_every_setting() -> None:
+    lines = (EXAMPLES / "example.yaml").read_text().splitlines()
+    words = {line.strip().lstrip("#- ").partition(":")[0] for line in lines}
+    text = "\n".join(lines)
+    assert [key for key, name, _ in SETTINGS if name not in words and f"{name}: " not in text] == []
+
+
+def test_every_file_that_comes_with_forkd_is_right_for_the_schema_and_the_loader() -> None:
+    files = sorted(EXAMPLES.glob("*.yaml"))
+    assert {"echo.yaml", "example.yaml"} <= {path.name for path in files}
+    validator = Draft7Validator(json_schema())
+    for path in files:
+        assert [error.message for error in validator.iter_errors(yaml.safe_load(path.read_text()))] == []
+        assert read_settings(path).problems == []
+
+
+def agree(tmp_path: Path, text: str) -> bool:
+    """Whether the loader and the schema allow a text; that they are of one mind."""
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    loads = not read_settings(path).problems
+    assert Draft7Validator(json_schema()).is_valid(yaml.safe_load(text)) == loads, text
+    return loads
+
+
+RIGHT = """
+name: chat
+workers: auto
+workers: 4
+boot_timeout: 0
+boot_timeout: 1h30m
+drain_timeout: 250ms
+python_path: [/a, b]
+log: {level: debug, format: json, to: stderr}
+log: {to: /var/log/x}
+log: {}
+"""
+RIGHT_OF_A_LISTENER = """
+backlog: 1
+mode: 0660
+mode: '660'
+owner: root
+kind: streams
+limits: {write_buffer: 64KiB}
+limits: {write_buffer: 0}
+limits: {}
+"""
+WRONG = """
+workers: no
+workers: 0
+workers: 513
+wokers: 4
+name: bad name
+name:
+boot_timeout: 30
+boot_timeout: soon
+drain_timeout: 22:22
+python_path: /srv
+log: info
+log:
+log: {level: loud}
+log: {format: xml}
+log: {to: }
+"""
+WRONG_OF_A_LISTENER = """
+backlog: 0
+backlog: many
+backlog: 65536
+mode: rw
+kind: thread
+limits: {write_buffer: 64K}
+limits: {write_buffer: -1}
+limits: {wirte_buffer: 1}
+limits: 64KiB
+"""
+WRONG_WHOLE = """
+{}
+[a]
+listen: nothing
+listen: []
+listen: [a]
+listen: [{address: 'unix:@x'}]
+listen: [{handler: 'a:b'}]
+listen: [{address: '127.0.0.1:80', handler: 'a:b'}]
+listen: [{address: 'unix:@x', handler: chat}]
+listen: [{address: 'unix:@x', handler: [a]}]
+"""
+
+
+def texts(lines: str, form: str = "LINE") -> list[str]:
+    """Settings files, each with one of the lines in it."""
+    return [form.replace("LINE", line) for line in lines.strip().splitlines()]
+
+
+WITH_LINE = f"listen: [{{{LISTENER}}}]\nLINE"
+OF_A_LISTENER = f"listen: [{{{LISTENER}, LINE}}]"
+
+
+@pytest.mark.parametrize("text", texts(RIGHT, WITH_LINE) + texts(RIGHT_OF_A_LISTENER, OF_A_LISTENER))
+def test_what_the_loader_reads_the_schema_allows(tmp_path: Path, text: str) -> None:
+    assert agree(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text", texts(WRONG, WITH_LINE) + texts(WRONG_OF_A_LISTENER, OF_A_LISTENER) + texts(WRONG_WHOLE)
+)
+def test_what_the_loader_refuses_the_schema_refuses(tmp_path: Path, text: str) -> None:
+    assert not agree(tmp_path, text)

@@ -1,0 +1,181 @@
+"""The scoreboard: what one process writes into its row the others see, and rows are handed out, cleared and counted."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forkd.system.scoreboard import NOBODY, Field, Row, Scoreboard
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[int], Scoreboard]]:
+    """Makes scoreboards whose descriptors are closed at the end."""
+    made: list[Scoreboard] = []
+
+    def scoreboard(capacity: int) -> Scoreboard:
+        made.append(Scoreboard(capacity))
+        return made[-1]
+
+    yield scoreboard
+    for board in made:
+        os.close(board.descriptor)
+
+
+def claimed(board: Scoreboard, pid: int) -> Row:
+    row = board.claim()
+    row[Field.PID] = pid
+    return row
+
+
+def test_a_child_and_its_parent_see_what_the_other_writes(make: Callable[[int], Scoreboard]) -> None:
+    row = claimed(make(4), 1)
+    to_child, from_parent = os.pipe()
+    from_child, to_parent = os.pipe()
+    child = os.fork()
+    if child == 0:
+        row[Field.ACCEPTED] = 41
+        os.write(to_parent, b"x")
+        os.close(from_parent)
+        os.read(to_child, 1)
+        os._exit(0 if row[Field.LAG] == -(1 << 40) else 1)
+    try:
+        assert select.select([from_child], [], [], 20)[0]
+        assert row[Field.ACCEPTED] == 41
+        row[Field.LAG] = -(1 << 40)
+    finally:
+        for descriptor in (from_parent, to_child, from_child, to_parent):
+            os.close(descriptor)
+        status = os.waitpid(child, 0)[1]
+    assert status == 0
+
+
+def test_a_row_that_is_handed_out_after_the_fork_is_shared_too(make: Callable[[int], Scoreboard]) -> None:
+    board = make(4)
+    child = os.fork()
+    if child == 0:
+        board.row(3)[Field.ERRORS] = 7
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert board.row(3)[Field.ERRORS] == 7
+
+
+def test_the_memory_is_reached_through_its_descriptor_too(make: Callable[[int], Scoreboard]) -> None:
+    board = make(2)
+    claimed(board, 1234)
+    assert (1234).to_bytes(8, "little") in os.pread(board.descriptor, 4096, 0)
+    assert not os.get_inheritable(board.descriptor)
+
+
+def test_the_lowest_free_row_is_handed_out(make: Callable[[int], Scoreboard]) -> None:
+    board = make(8)
+    rows = [claimed(board, pid) for pid in (11, 12, 13, 14)]
+    assert [row.index for row in rows] == [0, 1, 2, 3]
+    rows[2].clear()
+    rows[1].clear()
+    assert [claimed(board, pid).index for pid in (15, 16, 17)] == [1, 2, 4]
+    assert [row[Field.PID] for row in board.rows()] == [11, 15, 16, 14, 17]
+
+
+def test_a_row_that_nobody_has_marked_as_his_is_handed_out_again(make: Callable[[int], Scoreboard]) -> None:
+    board = make(2)
+    assert board.claim().index == board.claim().index == 0
+
+
+def test_a_row_is_handed_out_clean_and_takes_no_clients(make: Callable[[int], Scoreboard]) -> None:
+    board = make(1)
+    row = claimed(board, 1)
+    for field in Field:
+        row[field] = 99
+    row[Field.PID] = 0  # as by a worker that wrote nonsense before it died
+    row = board.claim()
+    assert {field: row[field] for field in Field} == {field: NOBODY if field is Field.LOAD else 0 for field in Field}
+
+
+def test_when_every_row_is_taken_the_next_claim_overflows(make: Callable[[int], Scoreboard]) -> None:
+    board = make(3)
+    rows = [claimed(board, pid) for pid in (1, 2, 3)]
+    with pytest.raises(OverflowError, match="all 3 rows"):
+        board.claim()
+    rows[1].clear()
+    assert board.claim().index == 1
+
+
+@pytest.mark.parametrize("index", [-1, 3, 4, 1000])
+def test_there_are_no_rows_beyond_the_capacity(make: Callable[[int], Scoreboard], index: int) -> None:
+    with pytest.raises(IndexError):
+        make(3).row(index)
+
+
+def test_the_last_row_is_whole(make: Callable[[int], Scoreboard]) -> None:
+    board = make(3)
+    for index in range(3):
+        for field in Field:
+            board.row(index)[field] = index * 100 + field
+    assert [[board.row(index)[field] for field in Field] for index in range(3)] == [
+        [index * 100 + field for field in Field] for index in range(3)
+    ]
+    assert len(board.row(2).cells) == len(Field)
+
+
+def test_the_loads_are_those_of_the_rows_in_use_and_follow_them(make: Callable[[int], Scoreboard]) -> None:
+    board = make(5)
+    assert list(board.loads()) == []
+    rows = [claimed(board, pid) for pid in (1, 2, 3)]
+    loads = board.loads()
+    assert list(loads) == [NOBODY] * 3
+    rows[0][Field.LOAD], rows[2][Field.LOAD] = 5, 2
+    assert list(loads) == [5, NOBODY, 2]
+    assert min(loads) == 2
+    rows[2].clear()
+    assert min(loads) == 5
+
+
+def test_the_rows_in_use_are_counted_to_the_highest_that_ever_was(make: Callable[[int], Scoreboard]) -> None:
+    board = make(5)
+    assert (board.used, board.rows()) == (0, [])
+    rows = [claimed(board, pid) for pid in (1, 2, 3)]
+    for row in rows:
+        row.clear()
+    assert board.used == 3
+    claimed(board, 4)
+    assert board.used == 3
+
+
+def test_open_connections_are_those_accepted_and_not_closed(make: Callable[[int], Scoreboard]) -> None:
+    row = make(1).claim()
+    row.cells[Field.ACCEPTED] += 5
+    row.cells[Field.CLOSED] += 2
+    assert row.active == 3
+
+
+@pytest.mark.parametrize("value", [1 << 63, -(1 << 63) - 1])
+def test_a_field_takes_no_more_than_64_bits(make: Callable[[int], Scoreboard], value: int) -> None:
+    row = make(1).claim()
+    with pytest.raises(ValueError, match="invalid value"):
+        row[Field.LAG] = value
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 5)), max_size=40))
+def test_claims_and_clears_in_any_order_keep_rows_apart(steps: list[int | None]) -> None:
+    """None claims a row, a number clears the one so far down the list of those that are claimed."""
+    board = Scoreboard(6)
+    try:
+        taken: dict[int, int] = {}
+        for pid, step in enumerate(steps, start=1):
+            if step is None and len(taken) < 6:
+                index = claimed(board, pid).index
+                assert index == min(set(range(6)) - set(taken))
+                taken[index] = pid
+            elif step is not None and step < len(taken):
+                index = sorted(taken)[step]
+                board.row(index).clear()
+                del taken[index]
+        assert {row.index: row[Field.PID] for row in board.rows() if row[Field.PID]} == taken
+    finally:
+        os.close(board.descriptor)
