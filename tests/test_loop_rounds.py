@@ -153,7 +153,7 @@ def test_a_served_callback_that_takes_its_neighbours_out_in_the_same_round_keeps
 
 @forkd_only
 @pytest.mark.parametrize("listener", range(5))
-def test_what_is_to_be_first_is_served_before_the_rest_of_its_round(kit, listener):
+def test_listeners_are_served_before_the_rest_of_their_round(kit, listener):
     selector = kit.loop.selector
     pairs = [kit.pair() for _ in range(5)]
     order = []
@@ -161,10 +161,12 @@ def test_what_is_to_be_first_is_served_before_the_rest_of_its_round(kit, listene
         selector.served[ours.fileno()] = lambda _, sock=ours: order.append((sock.recv(1), sock)[1])
         selector.epoll.register(ours.fileno(), IN)
         theirs.sendall(b"x")
-    selector.first.add(pairs[listener][0].fileno())
+    first = pairs[listener][0].fileno()
+    selector.listeners[first] = selector.served.pop(first)
     kit.turn()
     for ours, _ in pairs:
         selector.epoll.unregister(ours.fileno())
-        del selector.served[ours.fileno()]
+        selector.served.pop(ours.fileno(), None)
+    del selector.listeners[first]
     assert order[0] is pairs[listener][0]
     assert len(order) == len(set(order)) == 5

@@ -109,8 +109,7 @@ class Acceptor:
 
     def queue(self) -> None:
         """Joins the listener's wait queue, at its end."""
-        self._selector.served[self._fd] = self.ready
-        self._selector.first.add(self._fd)
+        self._selector.listeners[self._fd] = self.ready
         self._selector.epoll.register(self._fd, IN_EXCLUSIVE)
         self.queued = True
 
@@ -129,8 +128,7 @@ class Acceptor:
     def close(self) -> None:
         """Leaves for good and closes this process's copy of the listener."""
         self.leave()
-        self._selector.served.pop(self._fd, None)
-        self._selector.first.discard(self._fd)
+        self._selector.listeners.pop(self._fd, None)
         self._sock.close()
 
     def ready(self, mask: int) -> None:

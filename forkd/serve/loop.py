@@ -32,15 +32,15 @@ class PollSelector(selectors.EpollSelector):
 
     Attributes:
         served: what to call for each of forkd's descriptors; it may be there while epoll does not watch it.
-        first: descriptors that are served before all others of a round: listeners, since the client that woke this
-            worker alone should not wait for its work for others.
+        listeners: as `served`, but called before all of those: the client that woke this worker alone should not wait
+            for its work for others.
         epoll: the epoll object (epoll(7)); `register`, `modify` and `unregister` it for what is in `served` only.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.served: dict[int, Ready] = {}
-        self.first: set[int] = set()
+        self.listeners: dict[int, Ready] = {}
         self.epoll: select.epoll = self._selector  # type: ignore[attr-defined]
         self._scheduled: Collection[Handle] = ()
         self._woken = False
@@ -55,26 +55,28 @@ class PollSelector(selectors.EpollSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Serves forkd's descriptors until asyncio is wanted, or `timeout` seconds are over; asyncio's ready ones."""
-        poll, get_served, first, scheduled = self.epoll.poll, self.served.get, self.first, self._scheduled
+        poll, served, scheduled = self.epoll.poll, self.served, self._scheduled
+        get_served, get_key = served.get, self._fd_to_key.get  # type: ignore[attr-defined]
         for_asyncio: list[tuple[selectors.SelectorKey, int]] = []
         wait = -1.0 if timeout is None else max(timeout, 0.0)
         until = monotonic() + wait
         while True:
             events = poll(wait)
-            if len(events) > 1 and (ahead := [event for event in events if event[0] in first]):
-                events = ahead + [event for event in events if event[0] not in first]
+            if others := [event for event in events if event[0] not in served]:
+                for fd, mask in others:
+                    if (key := get_key(fd)) is not None:
+                        for_asyncio.append((key, _asyncio_mask(mask) & key.events))
+                for fd, mask in others:
+                    if (ready := self.listeners.get(fd)) is not None:
+                        ready(mask)
             for fd, mask in events:
-                ready = get_served(fd)
-                if ready is not None:
+                if (ready := get_served(fd)) is not None:
                     ready(mask)
-                elif (key := self._fd_to_key.get(fd)) is not None:  # type: ignore[attr-defined]
-                    for_asyncio.append((key, _asyncio_mask(mask) & key.events))
             if for_asyncio or scheduled or self._woken or not events or wait == 0:
                 self._woken = False
                 # What was served in between may have changed what asyncio watches. A descriptor that it watches anew
                 # and that is ready will be reported again.
-                watched = self._fd_to_key.get  # type: ignore[attr-defined]
-                return [(key, mask) for key, mask in for_asyncio if watched(key.fd) is key]
+                return [(key, mask) for key, mask in for_asyncio if get_key(key.fd) is key]
             if timeout is not None:
                 wait = until - monotonic()
                 if wait <= 0:
