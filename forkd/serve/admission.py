@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 #: Connections by which a worker may be ahead of the least loaded one whatever the numbers, and the fraction, as a
-#: shift, by which it may be ahead when they are large.
-SLACK = 4
+#: shift, by which it may be ahead when they are large. The workers' turns spread clients evenly by themselves; this is
+#: for lifetimes that differ, and with less of it clients that come and go would have workers step out all the time.
+SLACK = 6
 FRACTION = 5
 
 #: A worker whose last heartbeat is this many heartbeats old does not count as one that could take a client.

@@ -69,7 +69,6 @@ class Transport(SendingHalf):
         self._deliver: Any  # data_received of the protocol in charge
         self._reader: Any  # what reads for it
         self.set_protocol(protocol)
-        loop.selector.served[self._fd] = self._mixed_ready
 
     def start(self) -> None:
         """Tells the protocol that it is connected, then begins to read."""
@@ -82,6 +81,12 @@ class Transport(SendingHalf):
             return
         if not (self._paused or self._closing):
             self._watch(self._interest | IN)
+            # A client that spoke at once is heard at once, which saves a round of the loop. Not so for a
+            # BufferedProtocol, which would be asked for a buffer in vain when there is nothing yet.
+            if self._deliver is not None:
+                self._data_ready(IN)
+        elif not self._conn_lost:
+            self._loop.selector.served[self._fd] = self._mixed_ready
 
     # Reading
 
