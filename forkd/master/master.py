@@ -255,17 +255,11 @@ class Master:
             self.last_failure = BootError(f"worker {worker.slot} {why}")
             worker.cause = worker.cause or "it ended before it was ready"
         self.deaths.append(report.certificate(worker, ended, now, expected=expected))
-        self._log_death(worker, ended, expected=expected)
+        # One that drained on somebody else's word (a signal to the whole process group) has done nothing wrong.
+        level = logging.INFO if expected or ended.status == 0 else logging.ERROR
+        log.log(level, "%s", report.obituary(worker, ended))
         self._live(worker, Turn.EXIT)
         worker.row.clear()
-
-    @staticmethod
-    def _log_death(worker: Worker, ended: Exit, *, expected: bool) -> None:
-        words = f"worker {worker.slot} (pid {worker.pid}) has ended: {ended}"
-        words += f", {worker.cause}" if worker.cause else ""
-        words += f"\n{worker.details.rstrip()}" if worker.details else ""
-        # One that drained on somebody else's word (a signal to the whole process group) has done nothing wrong.
-        log.log(logging.INFO if expected or ended.status == 0 else logging.ERROR, "%s", words)
 
     def _abandon(self) -> None:
         """In a forked child: closes all that is the master's alone."""

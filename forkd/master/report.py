@@ -92,3 +92,10 @@ def certificate(worker: Worker, ended: Exit, now: float, *, expected: bool) -> d
         "clients": max(0, worker.row.active),
         "peak_memory": ended.peak_memory,
     }
+
+
+def obituary(worker: Worker, ended: Exit) -> str:
+    """What the log says of a worker that has ended; the traceback that it could not boot for stands below it."""
+    words = f"worker {worker.slot} (pid {worker.pid}) has ended: {ended}"
+    words += f", {worker.cause}" if worker.cause else ""
+    return words + (f"\n{worker.details.rstrip()}" if worker.details else "")
