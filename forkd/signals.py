@@ -15,7 +15,9 @@ class Order(Enum):
     MORE = "more"
     FEWER = "fewer"
     REAP = "reap"
-    NOTHING = "nothing"
+    RELOAD = "reload"
+    UPGRADE = "upgrade"
+    REOPEN = "reopen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +37,16 @@ MASTER = (
     Row(Signals.SIGTTIN, Order.MORE, "One worker more."),
     Row(Signals.SIGTTOU, Order.FEWER, "One worker fewer."),
     Row(Signals.SIGCHLD, Order.REAP, "A worker has ended."),
-    Row(Signals.SIGHUP, Order.NOTHING, "Ignored."),
-    Row(Signals.SIGUSR1, Order.NOTHING, "Ignored."),
-    Row(Signals.SIGUSR2, Order.NOTHING, "Ignored."),
+    Row(Signals.SIGHUP, Order.RELOAD, "Reload: read the settings anew, boot new workers; what fails changes nothing."),
+    Row(Signals.SIGUSR1, Order.REOPEN, "Open the log file anew, after it was rotated away."),
+    Row(Signals.SIGUSR2, Order.UPGRADE, "Upgrade: run the code that is installed now, under the same PID."),
 )
 
 #: What the master sends to a worker. The kernel sends DRAIN too, when the master dies (`system.process`).
 DRAIN = Signals.SIGTERM
 CLOSE = Signals.SIGQUIT
 KILL = Signals.SIGKILL
+DUMP = Signals.SIGRTMIN  # write the stacks of all threads to standard error
 
 #: Signals that are the master's business alone and that reach a worker when a terminal or an operator sends them to the
 #: whole process group.
@@ -55,4 +58,5 @@ WORKER_IGNORES = (
     Signals.SIGTTIN,
     Signals.SIGTTOU,
     Signals.SIGPIPE,
+    DUMP,
 )

@@ -15,6 +15,11 @@ Message = dict[str, Any]
 LARGEST = 1 << 20
 
 
+#: The environment variable by which one image of the master names its state's descriptor to the next; with `check:`
+#: before the number, that is to try whether it could go on, and tell.
+RESUME = "FORKD_RESUME"
+
+
 class WireError(ValueError):
     """What came is no message; the connection that it came on is of no more use."""
 

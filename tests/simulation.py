@@ -12,21 +12,8 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from math import inf
 
-from forkd.master.plan import (
-    GRACE,
-    Action,
-    Close,
-    GiveUp,
-    Kill,
-    Pool,
-    Retire,
-    Slot,
-    Spawn,
-    WorkerView,
-    after_death,
-    after_fork_failed,
-    make_plan,
-)
+from forkd.master.backoff import Slot, after_death, after_fork_failed
+from forkd.master.plan import GRACE, Action, Close, GiveUp, Kill, Pool, Retire, Spawn, WorkerView, make_plan
 from forkd.states import Event, Life, Mode, Turn, next_life, next_mode
 
 BOOT, DRAIN = 7.0, 20.3  # seconds; no sums of the times below, so that few things happen at the same moment

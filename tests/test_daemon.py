@@ -15,7 +15,7 @@ from clients import at_end, echoes, is_free, read, refuses, survives
 from harness import Daemon, Harness
 from processes import PATIENCE, alive, eventually, title, wait_end
 
-from forkd.master.plan import BACKOFF
+from forkd.master.backoff import BACKOFF
 
 
 def wait_end_of_run(daemon: Daemon) -> int:

@@ -12,26 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forkd.master.plan import (
-    ATTEMPTS,
-    BACKOFF,
-    GRACE,
-    HEALTHY,
-    JITTER,
-    LONGEST_BACKOFF,
-    Action,
-    Close,
-    GiveUp,
-    Kill,
-    Pool,
-    Retire,
-    Slot,
-    Spawn,
-    WorkerView,
-    after_death,
-    after_fork_failed,
-    make_plan,
-)
+from forkd.master.backoff import BACKOFF, HEALTHY, JITTER, LONGEST_BACKOFF, Slot, after_death, after_fork_failed
+from forkd.master.plan import ATTEMPTS, GRACE, Action, Close, GiveUp, Kill, Pool, Retire, Spawn, WorkerView, make_plan
 from forkd.states import Life, Mode
 
 NOW = 5000.0

@@ -8,21 +8,57 @@ import logging
 import os
 import selectors
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from forkd.app.prepare import prepare
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
-from forkd.errors import BootError, ForkdError
+from forkd.errors import BootError, ForkdError, HandlerError
 from forkd.master.control import ControlSocket
+from forkd.master.errands import Errands
+from forkd.master.generation import Generation
+from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
-from forkd.master.spawn import ChildMain
-from forkd.system.logs import open_log, start_logging
+from forkd.system.channel import Channel
+from forkd.system.logs import default_log_file, open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
-from forkd.system.process import processors
-from forkd.system.scoreboard import Scoreboard
+from forkd.system.scoreboard import Row, Scoreboard
 from forkd.system.sockets import BoundListener, bind_all
 
 log = logging.getLogger("forkd")
+
+#: Reads the settings anew, as the command line that started the daemon means them. Raises ForkdError.
+Reread = Callable[[], Settings]
+
+
+@dataclass(frozen=True, slots=True)
+class Legacy:
+    """What a running master lends to the one that is to succeed it.
+
+    Attributes:
+        lock: the descriptor that holds the pid file's lock.
+        bound: its listeners; their settings say no more than where they listen.
+    """
+
+    lock: int
+    bound: Sequence[BoundListener]
+
+
+@dataclass(slots=True)
+class Held:
+    """The daemon's name and addresses, held until the end."""
+
+    run: RunDirectory
+    bound: list[BoundListener]
+    legacy: Legacy | None = None
+
+    def descriptors(self) -> list[int]:
+        """All that must stay open while the process detaches itself."""
+        lent = self.legacy.bound if self.legacy is not None else ()
+        return [self.run.pid_file.descriptor, *{s.fileno() for one in (*self.bound, *lent) for s in one.sockets}]
 
 
 def run_directory(settings: Settings) -> RunDirectory:
@@ -30,23 +66,27 @@ def run_directory(settings: Settings) -> RunDirectory:
     return RunDirectory(settings.name, settings.run_directory)
 
 
-def wanted_workers(settings: Settings) -> int:
-    """The number of workers that the settings mean."""
-    return settings.workers or processors()
+def log_file(settings: Settings, *, detached: bool) -> Path | None:
+    """Where the daemon logs; None for the standard error that it was started with."""
+    return settings.log.to or (default_log_file(settings.name) if detached else None)
 
 
-def run_foreground(settings: Settings) -> None:
+def run_foreground(settings: Settings, reread: Reread) -> None:
     """Runs the daemon in this process to its end, logging to stderr or where the settings say.
 
     Raises:
         ForkdError: it could not come up, or gave up.
     """
+    directory = str(Path.cwd())
     enter_directory(settings)
-    descriptor = sys.stderr.fileno() if settings.log.to is None else open_log(settings.log.to)
-    with holding(settings) as (run, bound):
+    # Not standard error's own number: a worker's is a pipe to the master.
+    descriptor = os.dup(sys.stderr.fileno()) if settings.log.to is None else open_log(settings.log.to)
+    with holding(settings) as held:
         start_logging(settings.name, settings.log.level, settings.log.format, descriptor)
+        place = Place(directory, detached=False, lock=held.run.pid_file.descriptor)
+        daemon = Daemon(held, place, reread, on_ready=lambda: log.info("is up"))
         try:
-            serve(settings, run, bound, on_ready=lambda: log.info("is up"), abandon=run.pid_file.close)
+            daemon.serve(settings, descriptor)
         except BootError as error:
             if settings.log.to is None:
                 error.details = ""  # they stand in the log, a few lines above
@@ -64,15 +104,18 @@ def enter_directory(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def holding(settings: Settings) -> Iterator[tuple[RunDirectory, list[BoundListener]]]:
-    """The daemon's name and addresses, held until the end. Raises ForkdError."""
+def holding(settings: Settings, legacy: Legacy | None = None) -> Iterator[Held]:
+    """The daemon's name and addresses, held until the end; as far as there is a legacy, that. Raises ForkdError."""
     run = run_directory(settings)
-    make_private_directory(run.path)
-    run.pid_file.acquire()
+    if legacy is None:
+        make_private_directory(run.path)
+        run.pid_file.acquire()
+    else:
+        run.pid_file.adopt(legacy.lock, lent=True)
     try:
-        bound = bind_all(settings.listen)
+        bound = bind_all(settings.listen, legacy.bound if legacy is not None else ())
         try:
-            yield run, bound
+            yield Held(run, bound, legacy)
         finally:
             for listener in bound:
                 listener.remove()
@@ -80,50 +123,117 @@ def holding(settings: Settings) -> Iterator[tuple[RunDirectory, list[BoundListen
         run.pid_file.remove()
 
 
-def serve(
-    settings: Settings,
-    run: RunDirectory,
-    bound: list[BoundListener],
-    *,
-    on_ready: Callable[[], None],
-    abandon: Callable[[], None],
-) -> None:
-    """Runs the master to its end, with what `holding` gave.
+@dataclass(slots=True)
+class Daemon:
+    """What a master needs to be one.
 
-    Args:
+    Attributes:
+        held: its name and addresses.
+        place: what outlasts an upgrade.
+        reread: reads its settings anew.
         on_ready: called once, when every worker serves.
-        abandon: closes, in a worker, what is the master's alone.
+        hang_up: closes, in a forked child, what else is the master's alone.
+    """
+
+    held: Held
+    place: Place
+    reread: Reread
+    on_ready: Callable[[], None] = lambda: None
+    hang_up: Callable[[], None] = lambda: None
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+
+    def serve(self, settings: Settings, log_descriptor: int) -> None:
+        """Runs a new master to its end.
+
+        Args:
+            settings: to begin with.
+            log_descriptor: where it logs.
+
+        Raises:
+            ForkdError: it could not come up, or gave up.
+        """
+        run, bound = self.held.run, self.held.bound
+        if settings.preload:
+            preload(settings)
+        if self.held.legacy is None:
+            run.pid_file.write()
+        control = ControlSocket(run.control, self.selector, beside=self.held.legacy is not None)
+        self._conduct(Generation(1, settings, bound, log_descriptor), control, Scoreboard(2 * MOST_WORKERS))
+
+    def resume(self, heritage: Heritage) -> None:
+        """Runs a master to its end that goes on where another image of it left off. Raises as `serve`."""
+        control = ControlSocket(self.held.run.control, self.selector, descriptor=heritage.control)
+        self._conduct(heritage.generation, control, heritage.board, heritage)
+
+    def _conduct(
+        self, generation: Generation, control: ControlSocket, board: Scoreboard, heritage: Heritage | None = None
+    ) -> None:
+        # Imported before the fork so that the workers share it, and here so that the commands that start nothing don't
+        # pay.
+        from forkd.serve.worker import Station, run_worker  # noqa: PLC0415
+
+        pid = os.getpid()
+
+        def work(generation: Generation, slot: int, row: Row, channel: Channel) -> int:
+            settings = generation.settings
+            start_logging(settings.name, settings.log.level, settings.log.format, generation.log)
+            return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid))
+
+        def abandon() -> None:
+            self.held.run.pid_file.close()
+            self.hang_up()
+
+        errands = Errands(
+            serve=work,
+            prepare=lambda present, verb, channel: prepare(present, verb, channel, self.reread, self.place.directory),
+            log_file=lambda settings: log_file(settings, detached=self.place.detached),
+            abandon=abandon,
+            on_ready=lambda: self._ready(control),
+        )
+        master = Master(generation, board, control=control, selector=self.selector, errands=errands, place=self.place)
+        gc.collect()
+        gc.freeze()  # what the workers share stays shared: the collector would write to every page of it
+        try:
+            master.run(heritage)
+        finally:
+            for bound in master.state.generation.bound:
+                bound.remove()
+            control.remove()
+            self.held.run.pid_file.lent |= master.state.succeeded
+
+    def _ready(self, control: ControlSocket) -> None:
+        legacy = self.held.legacy
+        if legacy is not None:
+            self._succeed(legacy, control)
+        self.on_ready()
+
+    def _succeed(self, legacy: Legacy, control: ControlSocket) -> None:
+        """Takes the place of the master that has lent its own: from now on it is this one that is asked."""
+        control.take_place()
+        self.held.run.pid_file.write()
+        for bound in self.held.bound:
+            bound.lent = False
+        taken = {bound.address for bound in self.held.bound}
+        for bound in legacy.bound:
+            bound.lent = False
+            if bound.address not in taken:
+                bound.remove()
+
+
+def preload(settings: Settings) -> None:
+    """Imports the handlers in this process, for the workers to share.
 
     Raises:
-        BootError: it gave up.
+        HandlerError: one can't be imported, or has left threads running: a fork(2) has none of them.
     """
-    run.pid_file.write()
-    selector = selectors.DefaultSelector()
-    control = ControlSocket(run.control, selector)
-    board = Scoreboard(2 * MOST_WORKERS)
-    master = Master(
-        settings,
-        bound,
-        board,
-        wanted=wanted_workers(settings),
-        control=control,
-        selector=selector,
-        child_main=_child_main(settings, bound, board),
-        abandon=abandon,
-        on_ready=on_ready,
-    )
-    gc.collect()
-    gc.freeze()  # what the workers share stays shared: the collector would write to every page of it
-    try:
-        master.run()
-    finally:
-        control.remove()
+    from forkd.serve.worker import import_handlers  # noqa: PLC0415 (as in `_conduct`)
 
-
-def _child_main(settings: Settings, bound: list[BoundListener], board: Scoreboard) -> ChildMain:
-    """What a forked child of this process runs."""
-    # Imported before the fork so that the workers share it, and here so that the commands that start nothing don't pay.
-    from forkd.serve.worker import Station, run_worker  # noqa: PLC0415
-
-    master = os.getpid()
-    return lambda slot, row, channel: run_worker(settings, bound, board, Station(slot, row, channel, master))
+    for handler in import_handlers(settings):
+        if isinstance(handler, HandlerError):
+            raise handler
+    if (count := len(os.listdir("/proc/self/task"))) > 1:
+        names = ", ".join(thread.name for thread in threading.enumerate()[1:]) or f"{count - 1}, not Python's"
+        raise HandlerError(
+            f"preload: the handlers' modules have left threads running ({names}), which no worker would have; let them "
+            "start when a client is there, or set preload: false"
+        )

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from forkd.app.assembly import enter_directory, holding, serve, wanted_workers
+from forkd.app.assembly import Daemon, Legacy, Reread, enter_directory, holding, log_file
 from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError
-from forkd.system.logs import default_log_file, open_log, start_logging
+from forkd.master.generation import wanted_workers
+from forkd.master.heritage import Place
+from forkd.system.logs import open_log, start_logging
 
 log = logging.getLogger("forkd")
 
@@ -57,8 +59,13 @@ class _Launcher:
             self.writer = -1
 
 
-def start_daemon(settings: Settings) -> Started:
+def start_daemon(settings: Settings, reread: Reread, legacy: Legacy | None = None) -> Started:
     """Starts the daemon; returns when every worker serves.
+
+    Args:
+        settings: the daemon's.
+        reread: reads them anew, for a reload.
+        legacy: what the master that it is to succeed has lent it; None where there is no such one.
 
     Raises:
         ForkdError: it could not come up, with its own reason.
@@ -69,7 +76,7 @@ def start_daemon(settings: Settings) -> Started:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _become_daemon(settings, _Launcher(writer))
+        _become_daemon(settings, reread, legacy, _Launcher(writer))
     os.close(writer)
     with open(reader, "rb") as pipe:
         words = pipe.read()
@@ -82,10 +89,10 @@ def start_daemon(settings: Settings) -> Started:
     raise error
 
 
-def _become_daemon(settings: Settings, launcher: _Launcher) -> NoReturn:
+def _become_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launcher: _Launcher) -> NoReturn:
     status = 1
     try:
-        _run_daemon(settings, launcher)
+        _run_daemon(settings, reread, legacy, launcher)
         status = 0
     except ForkdError as error:
         launcher.failed(error)
@@ -97,28 +104,24 @@ def _become_daemon(settings: Settings, launcher: _Launcher) -> NoReturn:
         os._exit(status)
 
 
-def _run_daemon(settings: Settings, launcher: _Launcher) -> None:
+def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launcher: _Launcher) -> None:
     from daemon import DaemonContext  # noqa: PLC0415 (nobody but `forkd start` pays for it)
 
+    directory = str(Path.cwd())
     enter_directory(settings)
-    log_file = settings.log.to or default_log_file(settings.name)
-    stream = open(open_log(log_file), "ab")  # noqa: SIM115 (it is open as long as the daemon lives)
-    with holding(settings) as (run, bound):
+    file = log_file(settings, detached=True)
+    assert file is not None  # noqa: S101 (a detached daemon has one)
+    stream = open(open_log(file), "ab")  # noqa: SIM115 (it is open as long as the daemon lives)
+    with holding(settings, legacy) as held:
         about = {
             "workers": wanted_workers(settings),
-            "addresses": [str(one.address) for one in bound],
-            "log": str(log_file),
+            "addresses": [str(one.address) for one in held.bound],
+            "log": str(file),
         }
-        sockets = [sock for listener in bound for sock in listener.sockets]
-
-        def abandon() -> None:
-            run.pid_file.close()
-            launcher.hang_up()
-
         # Each of these undoes a default that bites: it would close all descriptors, open the umask, stay attached under
         # a PID 1, forbid core files and take the terminal's signals.
         with DaemonContext(
-            files_preserve=[run.pid_file.descriptor, launcher.writer, *sockets],
+            files_preserve=[launcher.writer, *held.descriptors()],
             umask=0o027,
             working_directory=str(Path.cwd()),
             pidfile=None,
@@ -129,5 +132,12 @@ def _run_daemon(settings: Settings, launcher: _Launcher) -> None:
             stderr=stream,
         ):
             start_logging(settings.name, settings.log.level, settings.log.format, stream.fileno())
-            serve(settings, run, bound, on_ready=lambda: launcher.say({**about, "pid": os.getpid()}), abandon=abandon)
+            daemon = Daemon(
+                held,
+                Place(directory, detached=True, lock=held.run.pid_file.descriptor),
+                reread,
+                on_ready=lambda: launcher.say({**about, "pid": os.getpid()}),
+                hang_up=launcher.hang_up,
+            )
+            daemon.serve(settings, stream.fileno())
             launcher.failed(BootError("it was stopped before it was ready"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from forkd.cli.parser import parse
 from forkd.errors import BootError, ConfigError, ForkdError
+from forkd.wire import RESUME
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
-        status: int = command.run(command)
+        status = _resume(command) if RESUME in os.environ else command.run(command)
         sys.stdout.flush()
     except ConfigError as error:
         mistakes = len(error.problems)
@@ -37,3 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def _resume(command: argparse.Namespace) -> int:
+    """The command by which a daemon was started, run by its master to go on as another image of itself."""
+    from forkd.cli.lifecycle import resume  # noqa: PLC0415 (as `parser` does: what a command does is imported when it runs)
+
+    return resume(command, os.environ.pop(RESUME))

@@ -9,7 +9,7 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-from forkd.errors import ForkdError, NotRunning
+from forkd.errors import BootError, ForkdError, NotRunning
 from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.pidfile import RunDirectory
 from forkd.wire import Message
@@ -41,7 +41,7 @@ class Conversation:
                 raise NotRunning(f"{run.name} is not running") from None
             who = f"{run.name} (pid {pid})" if pid else run.name
             raise ForkdError(f"{who} runs, but can't be asked at {run.control}: {error.strerror}") from None
-        self._channel = Channel(sock)
+        self._channel = Channel(sock, takes_descriptors=True)
         self._heard: deque[Message] = deque()
 
     def __enter__(self) -> Self:
@@ -54,7 +54,8 @@ class Conversation:
         """Sends a request and returns the reply.
 
         Raises:
-            ForkdError: the master says no, with its reason; or says nothing in time.
+            BootError: the master says no, with its reason.
+            ForkdError: it says nothing in time, or is gone.
         """
         try:
             self._channel.send(message)
@@ -73,8 +74,13 @@ class Conversation:
                 raise ForkdError(f"{self._run.name} closed the connection without an answer") from None
         reply = self._heard.popleft()
         if not reply.get("ok"):
-            raise ForkdError(str(reply.get("error")))
+            raise BootError(str(reply.get("error")), str(reply.get("details", "")))
         return reply
+
+    def take_descriptors(self) -> list[int]:
+        """Those that came with the replies up to now, which are the caller's from now on."""
+        taken, self._channel.descriptors = self._channel.descriptors, []
+        return taken
 
     def hear_the_end(self, seconds: float) -> None:
         """Waits until the master's process has ended. Raises ForkdError when it does not in time."""

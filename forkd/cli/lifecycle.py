@@ -5,18 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 
-from forkd.app.assembly import run_directory, run_foreground
-from forkd.app.start import start_daemon
+from forkd.app.assembly import Legacy, run_directory, run_foreground
+from forkd.app.resume import resume as resume_daemon
+from forkd.app.start import Started, start_daemon
 from forkd.cli.ask import PROMPTLY, Conversation
 from forkd.cli.look import check_all
 from forkd.cli.target import read_target, run_directory_of, settings_of
-from forkd.errors import AlreadyRunning, ConfigError, NotRunning
+from forkd.config.address import parse_address
+from forkd.config.options import Listener, Settings
+from forkd.errors import AlreadyRunning, BootError, ConfigError, NotRunning
 from forkd.system.pidfile import RunDirectory
+from forkd.system.sockets import BoundListener
+from forkd.wire import Message
 
 
 def run(command: argparse.Namespace) -> int:
     """`forkd run`."""
-    run_foreground(settings_of(command))
+    run_foreground(settings_of(command), lambda: settings_of(command))
+    return 0
+
+
+def resume(command: argparse.Namespace, state: str) -> int:
+    """A command that started a daemon, run again by the master to go on as another image of itself."""
+    resume_daemon(state, lambda: settings_of(command))
     return 0
 
 
@@ -27,12 +38,19 @@ def start(command: argparse.Namespace) -> int:
     if held:
         print(AlreadyRunning(settings.name, pid))
         return 0
-    started = start_daemon(settings)
-    print(
-        f"{settings.name} started, pid {started.pid}, {started.workers} worker{'s' if started.workers > 1 else ''} on "
-        f"{', '.join(started.addresses)}; log: {started.log}"
-    )
+    _tell(settings, "started", start_daemon(settings, lambda: settings_of(command)))
     return 0
+
+
+def _tell(settings: Settings, what: str, started: Started) -> None:
+    print(
+        f"{settings.name} {what}, pid {started.pid}, {_workers(started.workers)} on {', '.join(started.addresses)}; "
+        f"log: {started.log}"
+    )
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
 
 
 def stop(command: argparse.Namespace) -> int:
@@ -63,11 +81,60 @@ def restart(command: argparse.Namespace) -> int:
     if loaded.problems:
         print("the running daemon, if any, was left alone", file=sys.stderr)
         raise ConfigError(loaded.problems)
+    settings = loaded.settings
     try:
-        _stop(run_directory(loaded.settings))
+        with Conversation(run_directory(settings)) as master:
+            status = master.ask({"verb": "status"})["status"]
+            if status["state"] in ("running", "degraded"):
+                legacy = _borrow(master)
+                _tell(settings, "restarted", start_daemon(settings, lambda: settings_of(command), legacy))
+                master.ask({"verb": "stop", "succeeded": True})
+                return 0
+        _stop(run_directory(settings))
     except NotRunning as error:
         print(error)
     return start(command)
+
+
+def _borrow(master: Conversation) -> Legacy:
+    """The lock and the listeners of a running master."""
+    described = master.ask({"verb": "hand over"})["listeners"]
+    lock, *sockets = master.take_descriptors()
+    listeners = [Listener(address=parse_address(one["wanted"]), handler="") for one in described]
+    bound = [
+        BoundListener.taken(one, listener, sockets, lent=True)
+        for one, listener in zip(described, listeners, strict=True)
+    ]
+    return Legacy(lock, bound)
+
+
+def reload(command: argparse.Namespace) -> int:
+    """`forkd reload`."""
+    run = run_directory_of(command)
+    if command.diff:
+        lines = _change(run, "diff")["differences"]
+        print("\n".join(lines) if lines else "a reload would change no setting; the handlers are imported anew")
+        return 0
+    found = _change(run, "reload")
+    print(f"{run.name} reloaded: {_workers(found['workers'])} of generation {found['generation']}")
+    return 0
+
+
+def upgrade(command: argparse.Namespace) -> int:
+    """`forkd upgrade`."""
+    run = run_directory_of(command)
+    found = _change(run, "upgrade")
+    print(f"{run.name} upgraded: {_workers(found['workers'])} of generation {found['generation']}")
+    return 0
+
+
+def _change(run: RunDirectory, verb: str) -> Message:
+    with Conversation(run) as master:
+        within = master.ask({"verb": verb})["within"]
+        try:
+            return master.hear(within + PROMPTLY)
+        except BootError as error:
+            raise BootError(f"the {verb} failed, and {run.name} goes on as before: {error}", error.details) from None
 
 
 def scale(command: argparse.Namespace) -> int:
@@ -76,5 +143,5 @@ def scale(command: argparse.Namespace) -> int:
     with Conversation(run) as master:
         within = master.ask({"verb": "status"})["status"]["boot_timeout"]
         workers = master.ask({"verb": "scale", "workers": command.workers}, within + PROMPTLY)["workers"]
-    print(f"{run.name} has {workers} worker{'s' if workers > 1 else ''}")
+    print(f"{run.name} has {_workers(workers)}")
     return 0

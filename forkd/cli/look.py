@@ -17,6 +17,7 @@ from forkd.cli.target import read_target, run_directory_of
 from forkd.config.load import Loaded
 from forkd.config.schema import json_schema, reference_page
 from forkd.errors import ConfigError, ForkdError, NotRunning
+from forkd.system.logs import escaped
 
 _STOPPED = 3
 _DEAD = 1
@@ -43,26 +44,40 @@ def _status_text(found: dict[str, Any]) -> str:
     lines = [f"{found['name']}: {found['state']}, pid {found['pid']}, since {since}, forkd {found['version']}"]
     if found["serving"] != found["wanted"]:
         lines.append(f"{found['serving']} of {found['wanted']} workers serve")
+    if found["reason"]:
+        lines += found["reason"].split("; ")
+    if found["change"]:
+        lines.append(f"{found['change']} is under way")
     lines.append("")
     lines += _table(
-        ["WORKER", "PID", "STATE", "AGE", "CLIENTS", "ACCEPTED", "ERRORS"],
+        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "ERRORS"],
         [
-            [w["slot"], w["pid"], w["state"], _age(w["age"]), w["clients"], w["accepted"], w["errors"]]
+            [w["slot"], w["pid"], w["state"], w["generation"], _age(w["age"]), w["clients"], w["accepted"], w["errors"]]
             for w in found["workers"]
         ],
     )
     lines.append("")
     lines += _table(["LISTENER", "HANDLER"], [[item["address"], item["handler"]] for item in found["listeners"]])
     if found["deaths"]:
-        lines.append("")
-        lines += _table(["DEATH", "WORKER", "PID", "AGE", "CLIENTS", "CAUSE"], [_death(d) for d in found["deaths"]])
+        head = ["DEATH", "WORKER", "PID", "AGE", "CLIENTS", "MEMORY", "CAUSE"]
+        lines += ["", *_table(head, [_death(death) for death in found["deaths"]])]
+        lines += _last_words(found["deaths"])
     return "\n".join(lines)
 
 
 def _death(death: dict[str, Any]) -> list[Any]:
     when = time.strftime("%m-%d %H:%M:%S", time.localtime(death["time"]))
     cause = death["exit"] + (f", {death['cause']}" if death["cause"] else "")
-    return [when, death["slot"], death["pid"], _age(death["age"]), death["clients"], cause]
+    memory = f"{death['peak_memory'] / (1 << 20):.0f} MiB"
+    return [when, death["slot"], death["pid"], _age(death["age"]), death["clients"], memory, escaped(cause)]
+
+
+def _last_words(deaths: list[dict[str, Any]]) -> list[str]:
+    """What the last of those that nobody had asked to end wrote to standard error in the end."""
+    last = next((death for death in reversed(deaths) if not death["expected"] and death["words"]), None)
+    if last is None:
+        return []
+    return ["", f"The last words of worker {last['slot']}, pid {last['pid']}:", *map(escaped, last["words"])]
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

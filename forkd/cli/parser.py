@@ -80,12 +80,27 @@ def make_parser() -> argparse.ArgumentParser:
     for name, run, sentence in (
         ("run", "lifecycle:run", "run in the foreground, logging to stderr"),
         ("start", "lifecycle:start", "start in the background; return when every worker is ready"),
-        ("restart", "lifecycle:restart", "check the settings, stop, and start again"),
+        ("restart", "lifecycle:restart", "start a new master, which takes over addresses and name when it serves"),
         ("check", "look:check", "check settings, addresses and handlers, and tell all mistakes at once"),
     ):
         _add_settings(_add(commands, name, run, sentence, _TARGET))
     stop = _add(commands, "stop", "lifecycle:stop", "let open connections end, then end; return when done", _RUNNING)
     stop.add_argument("--now", action="store_true", help="close open connections at once")
+    reload = _add(
+        commands,
+        "reload",
+        "lifecycle:reload",
+        "read the settings anew and boot new workers, or change nothing",
+        _RUNNING,
+    )
+    reload.add_argument("--diff", action="store_true", help="only tell which settings would change")
+    _add(
+        commands,
+        "upgrade",
+        "lifecycle:upgrade",
+        "go over to the code that is installed now, under the same PID",
+        _RUNNING,
+    )
     status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
     status.add_argument("--json", action="store_true", help="as one JSON object")
     scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)

@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
+from forkd.master.backoff import Slot
 from forkd.states import Life, Mode
-
-#: A worker that served this long, in seconds, was healthy: its death is the first one again.
-HEALTHY = 10.0
-
-#: Seconds before the second attempt in a row, doubled with each further one up to the longest; the first is at once.
-BACKOFF = 0.25
-LONGEST_BACKOFF = 30.0
-
-#: By which fraction, at most, a wait is longer than that: workers that died together should not boot together for ever.
-JITTER = 0.25
 
 #: Attempts in a row, in every slot and with nobody serving, after which the master gives up.
 ATTEMPTS = 10
@@ -27,33 +19,53 @@ ATTEMPTS = 10
 #: Seconds beyond its own deadline that a worker has to end before it is killed.
 GRACE = 2.0
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place for one worker, and its recent luck.
-
-    Attributes:
-        failures: deaths in a row without a healthy life before them.
-        retry_at: no new worker before this time.
-    """
-
-    failures: int = 0
-    retry_at: float = 0.0
+#: Seconds between the order to write its stacks and the kill: time for the writing, and for a worker that stood still
+#: for a while to come round after all.
+STACKS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """What the plan knows of a worker: its slot, its life, and since when it leads that."""
+    """What the plan knows of a worker. Times are in seconds on one monotonic clock.
+
+    Attributes:
+        slot: its place; a helper, which serves nobody, is in slot 0.
+        life: what it is about, and
+        since: from when on.
+        generation: of which settings and code it is.
+        beat: when its loop last said that it turns.
+        dumped: when it was last told to write its stacks.
+        worn: why it should be replaced; empty when it should not.
+    """
 
     pid: int
     slot: int
     life: Life
     since: float
+    generation: int = 1
+    beat: float = -inf
+    dumped: float = -inf
+    worn: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A generation that boots beside the one that serves; it has no second try."""
+
+    number: int
+    wanted: int
+    boot_timeout: float
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """All that a plan is made from. Times are in seconds on one monotonic clock."""
+    """All that a plan is made from. Times are in seconds on one monotonic clock.
+
+    Attributes:
+        stall_timeout: seconds that a loop may stand still; 0: for ever.
+        generation: the one that serves.
+        awake: since when the master has been there without a gap: what it has missed is nobody's fault.
+    """
 
     mode: Mode
     wanted: int
@@ -61,20 +73,26 @@ class Pool:
     slots: Mapping[int, Slot]
     boot_timeout: float
     drain_timeout: float
+    stall_timeout: float = 0.0
+    generation: int = 1
+    candidate: Candidate | None = None
+    awake: float = -inf
 
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Fork a worker into a slot."""
+    """Fork a worker into a slot, of the generation that serves or of the candidate."""
 
     slot: int
+    candidate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """Tell a worker to drain."""
+    """Tell a worker to drain; why is for people."""
 
     pid: int
+    why: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +100,14 @@ class Close:
     """Tell a worker to end at once."""
 
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """Tell a worker to write its stacks: it is about to be killed, for this reason."""
+
+    pid: int
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +123,7 @@ class GiveUp:
     """Workers can't be had."""
 
 
-Action = Spawn | Retire | Close | Kill | GiveUp
+Action = Spawn | Retire | Close | Dump | Kill | GiveUp
 
 
 @dataclass(slots=True)
@@ -124,60 +150,104 @@ def make_plan(now: float, pool: Pool) -> Plan:
         if _hopeless(pool):
             plan.actions = [GiveUp()]
             return plan
-        # One that was killed has its slot until it is reaped: only then is it known how its successor should wait.
-        taken = {worker.slot for worker in pool.workers if worker.life in (Life.BOOTING, Life.SERVING, Life.KILLED)}
-        for number in range(1, pool.wanted + 1):
-            if number not in taken:
-                plan.at(now, pool.slots.get(number, Slot()).retry_at, Spawn(number))
+        _fill(now, pool, plan)
+        _renew(now, pool, plan)
+        _try_candidate(pool, plan)
     return plan
 
 
 def _see_to(worker: WorkerView, now: float, pool: Pool, plan: Plan) -> None:
-    pid, life, since = worker.pid, worker.life, worker.since
-    if life is Life.DRAINING and pool.mode is not Mode.CLOSING:
-        plan.at(now, since + pool.drain_timeout + GRACE, Kill(pid, "it did not end by its drain deadline"))
-    elif life is Life.CLOSING:
-        plan.at(now, since + GRACE, Kill(pid, "it did not close when told to"))
-    elif life in (Life.KILLED, Life.GONE):
+    pid, life = worker.pid, worker.life
+    if life in (Life.KILLED, Life.GONE):
         return
-    elif pool.mode is Mode.CLOSING:
+    if pool.mode is Mode.CLOSING and life is not Life.CLOSING:
         plan.actions.append(Close(pid))
-    elif pool.mode is Mode.DRAINING or worker.slot > pool.wanted:
-        plan.actions.append(Retire(pid))
-    elif life is Life.BOOTING:
-        plan.at(now, since + pool.boot_timeout, Kill(pid, "it was not ready by its boot_timeout"))
+    elif life in (Life.BOOTING, Life.SERVING) and (why := _superfluous(worker, pool)):
+        plan.actions.append(Retire(pid, why))
+    elif limits := _limits(worker, pool):
+        when, cause = min(limits)
+        if worker.dumped < when:
+            plan.at(now, when, Dump(pid, cause))
+        else:
+            plan.at(now, worker.dumped + STACKS, Kill(pid, cause))
+
+
+def _superfluous(worker: WorkerView, pool: Pool) -> str:
+    """Why a worker should go, if it should."""
+    if pool.mode is Mode.DRAINING:
+        return "the daemon stops"
+    if pool.candidate is not None and worker.generation == pool.candidate.number:
+        return ""
+    if worker.generation != pool.generation:
+        return "another generation serves" if worker.life is Life.SERVING else "its generation is not to be"
+    return "more workers than wanted" if worker.slot > pool.wanted else ""
+
+
+def _limits(worker: WorkerView, pool: Pool) -> list[tuple[float, str]]:
+    """When patience with a worker ends, and why. What the master slept through counts for nobody."""
+    since, candidate = max(worker.since, pool.awake), pool.candidate
+    limits = []
+    if worker.life is Life.BOOTING:
+        of_candidate = candidate is not None and worker.generation == candidate.number
+        timeout = candidate.boot_timeout if candidate is not None and of_candidate else pool.boot_timeout
+        limits.append((since + timeout, "it was not ready by its boot_timeout"))
+    elif worker.life is Life.CLOSING:
+        limits.append((since + GRACE, "it did not close when told to"))
+    elif pool.stall_timeout:
+        limits.append((max(since, worker.beat) + pool.stall_timeout, "its loop stood still for stall_timeout"))
+    if worker.life is Life.DRAINING:
+        limits.append((since + pool.drain_timeout + GRACE, "it did not end by its drain deadline"))
+    return limits
+
+
+def _inhabitants(pool: Pool) -> dict[int, list[WorkerView]]:
+    """The workers of the generation that serves, by slot. One that was killed has its slot until it is reaped: only
+    then is it known how its successor should wait.
+    """
+    found: dict[int, list[WorkerView]] = {number: [] for number in range(1, pool.wanted + 1)}
+    for worker in pool.workers:
+        here = worker.life in (Life.BOOTING, Life.SERVING, Life.KILLED)
+        if here and worker.generation == pool.generation and worker.slot in found:
+            found[worker.slot].append(worker)
+    return found
+
+
+def _fill(now: float, pool: Pool, plan: Plan) -> None:
+    """Somebody into every slot that is empty."""
+    for number, inhabitants in _inhabitants(pool).items():
+        if not inhabitants:
+            plan.at(now, pool.slots.get(number, Slot()).retry_at, Spawn(number))
+
+
+def _renew(now: float, pool: Pool, plan: Plan) -> None:
+    """Replaces those that are worn, one at a time, the successor ready before its predecessor goes."""
+    if pool.mode is not Mode.RUNNING:
+        return
+    slots = _inhabitants(pool)
+    for inhabitants in slots.values():
+        serving = sorted((one for one in inhabitants if one.life is Life.SERVING), key=lambda one: one.since)
+        plan.actions += [Retire(one.pid, f"worn: {one.worn}") for one in serving[:-1]]
+    complete = all(len(one) == 1 and one[0].life is Life.SERVING for one in slots.values())
+    worn = [number for number, inhabitants in slots.items() if inhabitants and inhabitants[0].worn]
+    if worn and complete and pool.candidate is None:
+        first = min(worn, key=lambda number: pool.slots.get(number, Slot()).retry_at)
+        plan.at(now, pool.slots.get(first, Slot()).retry_at, Spawn(first))
+
+
+def _try_candidate(pool: Pool, plan: Plan) -> None:
+    """One worker into each slot of the generation that is to be. None is tried twice: the first that fails ends it."""
+    if pool.candidate is not None:
+        taken = {worker.slot for worker in pool.workers if worker.generation == pool.candidate.number}
+        missing = [number for number in range(1, pool.candidate.wanted + 1) if number not in taken]
+        plan.actions += [Spawn(number, candidate=True) for number in missing]
 
 
 def _hopeless(pool: Pool) -> bool:
     """At the start the first failure decides; later the daemon goes on while anybody serves or may yet."""
+    if pool.candidate is not None:
+        return False
     if any(worker.life is Life.SERVING for worker in pool.workers) and pool.mode is Mode.RUNNING:
         return False
     enough = 1 if pool.mode is Mode.STARTING else ATTEMPTS
     failures = [pool.slots.get(number, Slot()).failures for number in range(1, pool.wanted + 1)]
     return (max if pool.mode is Mode.STARTING else min)(failures) >= enough
-
-
-def after_death(slot: Slot, life: Life, now: float, served: float, luck: float) -> Slot:
-    """A slot after its worker has ended.
-
-    Args:
-        slot: before.
-        life: what the worker was about when it ended, or when it was killed.
-        now: the time.
-        served: seconds for which it had served.
-        luck: a random number from 0 to 1, for the jitter.
-    """
-    if life in (Life.DRAINING, Life.CLOSING):
-        return slot  # it had left the slot, which may be another's by now
-    failures = 1 if served >= HEALTHY else slot.failures + 1
-    return Slot(failures, now + _backoff(failures) * (1 + JITTER * luck))
-
-
-def after_fork_failed(slot: Slot, now: float, luck: float) -> Slot:
-    """A slot after fork(2) has failed: the machine is short of something, so not even the first retry is at once."""
-    failures = slot.failures + 1
-    return Slot(failures, now + _backoff(failures + 1) * (1 + JITTER * luck))
-
-
-def _backoff(failures: int) -> float:
-    return 0.0 if failures == 1 else min(LONGEST_BACKOFF, BACKOFF * 2.0 ** min(failures - 2, 60))

@@ -1,67 +1,63 @@
-"""What the master tells of itself: the answer to `forkd status`, and the certificate of a worker's death."""
+"""What the master tells of itself: the answer to `forkd status`."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from forkd import __version__
-from forkd.config.options import Settings
-from forkd.master.spawn import Exit, Worker
+from forkd.master.spawn import HELPER, Worker
+from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.scoreboard import Field
-from forkd.system.sockets import BoundListener
 
 
-class Reported(Protocol):
-    """What of a master is reported."""
+def status(state: State, change: str) -> dict[str, Any]:
+    """The state of the daemon, fit for JSON; ages are in seconds, times since the epoch.
 
-    settings: Settings
-    mode: Mode
-    wanted: int
-    started: float
-
-    @property
-    def workers(self) -> Mapping[int, Worker]:
-        """By pid."""
-
-    @property
-    def listeners(self) -> Sequence[BoundListener]:
-        """Bound."""
-
-    @property
-    def deaths(self) -> Iterable[dict[str, Any]]:
-        """The latest certificates."""
-
-
-def status(master: Reported) -> dict[str, Any]:
-    """The state of the daemon, fit for JSON; ages are in seconds, times since the epoch."""
+    Args:
+        state: the master's.
+        change: what is under way.
+    """
     now = time.monotonic()
-    serving = sum(worker.life is Life.SERVING for worker in master.workers.values())
+    settings = state.generation.settings
+    workers = sorted((one for one in state.workers.values() if one.slot != HELPER), key=lambda w: (w.slot, w.pid))
+    serving = {w.slot for w in workers if w.life is Life.SERVING and w.generation == state.generation.number}
+    missing = set(range(1, state.wanted + 1)) - serving
+    degraded = state.mode is Mode.RUNNING and missing
     return {
-        "name": master.settings.name,
+        "name": settings.name,
         "pid": os.getpid(),
         "version": __version__,
-        "state": _state(master, serving),
-        "started": master.started,
-        "wanted": master.wanted,
-        "boot_timeout": master.settings.boot_timeout,
-        "serving": serving,
-        "workers": [_worker(worker, now) for worker in sorted(master.workers.values(), key=lambda w: (w.slot, w.pid))],
+        "state": "degraded" if degraded else state.mode.value,
+        "reason": "; ".join(_why_missing(state, slot, now) for slot in sorted(missing)) if degraded else "",
+        "change": change,
+        "generation": state.generation.number,
+        "started": state.started,
+        "wanted": state.wanted,
+        "boot_timeout": settings.boot_timeout,
+        "serving": len(serving),
+        "workers": [_worker(worker, now) for worker in workers],
         "listeners": [
             {"address": str(bound.address), "handler": bound.listener.handler, "backlog": bound.listener.backlog}
-            for bound in master.listeners
+            for bound in state.generation.bound
         ],
-        "deaths": list(master.deaths),
+        "deaths": list(state.crew.deaths),
     }
 
 
-def _state(master: Reported, serving: int) -> str:
-    if master.mode is Mode.RUNNING and serving < master.wanted:
-        return "degraded"
-    return master.mode.value
+def _why_missing(state: State, slot: int, now: float) -> str:
+    """Why nobody serves in a slot: what its last worker died of, and what is done about it."""
+    death = next((one for one in reversed([*state.crew.deaths]) if one["slot"] == slot and not one["expected"]), None)
+    words = f"worker {slot}"
+    if death is not None:
+        words += f" has ended: {death['exit']}" + (f", {death['cause']}" if death["cause"] else "")
+    booting = any(one.slot == slot and one.life is Life.BOOTING for one in state.workers.values())
+    luck = state.crew.slots[state.generation.number].get(slot)
+    retry_at = now if luck is None else luck.retry_at
+    wait = max(0.0, retry_at - now)
+    return f"{words} ({'the next one boots' if booting else f'the next one comes in {wait:.1f} s'})"
 
 
 def _worker(worker: Worker, now: float) -> dict[str, Any]:
@@ -69,6 +65,7 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
     return {
         "slot": worker.slot,
         "pid": worker.pid,
+        "generation": worker.generation,
         "state": worker.life.value,
         "age": round(now - worker.born, 3),
         # A worker writes its row itself, so what stands there is what it claims.
@@ -77,25 +74,3 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "errors": row[Field.ERRORS],
         "lag": round(row[Field.LAG] / 1e9, 6),
     }
-
-
-def certificate(worker: Worker, ended: Exit, now: float, *, expected: bool) -> dict[str, Any]:
-    """What is kept of a worker that has ended."""
-    return {
-        "time": time.time(),
-        "slot": worker.slot,
-        "pid": worker.pid,
-        "expected": expected,
-        "exit": str(ended),
-        "cause": worker.cause,
-        "age": round(now - worker.born, 3),
-        "clients": max(0, worker.row.active),
-        "peak_memory": ended.peak_memory,
-    }
-
-
-def obituary(worker: Worker, ended: Exit) -> str:
-    """What the log says of a worker that has ended; the traceback that it could not boot for stands below it."""
-    words = f"worker {worker.slot} (pid {worker.pid}) has ended: {ended}"
-    words += f", {worker.cause}" if worker.cause else ""
-    return words + (f"\n{worker.details.rstrip()}" if worker.details else "")

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from forkd.config.units import MOST_WORKERS
-from forkd.errors import BootError
+from forkd.master.change import DIFF, RELOAD, UPGRADE
 from forkd.master.control import Reply
-from forkd.master.plan import GRACE
+from forkd.master.plan import GRACE, STACKS
+from forkd.master.state import State
 from forkd.signals import Order
 from forkd.states import Mode
 from forkd.wire import Message
@@ -20,13 +21,7 @@ Outcome = Callable[[], Message | None]
 class Asked(Protocol):
     """What a master offers to those who ask."""
 
-    mode: Mode
-    wanted: int
-    last_failure: BootError | None
-
-    @property
-    def drain_timeout(self) -> float:
-        """In seconds."""
+    state: State
 
     def order(self, order: Order, source: str) -> None:
         """Does what a signal would."""
@@ -34,8 +29,11 @@ class Asked(Protocol):
     def scale(self, wanted: int, source: str) -> None:
         """Wants another number of workers."""
 
-    def settled(self) -> bool:
-        """Whether there are just the workers that are wanted, and all serve."""
+    def change(self, verb: str, reply: Reply | None = None) -> None:
+        """Reloads or upgrades, or tells what a reload would change."""
+
+    def hand_over(self, reply: Reply) -> None:
+        """Lends the lock and the listeners to another master."""
 
     def status(self) -> dict[str, Any]:
         """Its state, fit for JSON."""
@@ -51,6 +49,7 @@ class Requests:
     def __init__(self, master: Asked) -> None:
         self._master = master
         self._waiting: list[tuple[Reply, Outcome]] = []
+        self._heir: Reply | None = None  # who starts the master that is to succeed this one
 
     def answer(self, message: Message, reply: Reply) -> None:
         """Answers one request, now or when `settle` finds that its time has come."""
@@ -58,7 +57,15 @@ class Requests:
         if verb == "status":
             reply({"ok": True, "status": self._master.status()})
         elif verb == "stop":
-            self._stop(reply, now=message.get("now") is True)
+            self._stop(reply, now=message.get("now") is True, succeeded=message.get("succeeded") is True)
+        elif verb in (RELOAD, UPGRADE, DIFF):
+            # Twice: the one that is under way, and this one.
+            reply(
+                {"ok": True, "within": 4 * self._master.state.generation.settings.boot_timeout + 4 * (GRACE + STACKS)}
+            )
+            self._master.change(verb, reply)
+        elif verb == "hand over":
+            self._hand_over(reply)
         elif verb == "scale":
             self._scale(message.get("workers"), reply)
         else:
@@ -66,6 +73,11 @@ class Requests:
 
     def settle(self) -> None:
         """Answers those whose time has come; called at each turn of the master's loop."""
+        if self._heir is not None and self._heir.fileno() < 0:
+            self._heir = None
+            if self._master.state.control.displaced:  # it died when all was done but to tell us
+                self._master.state.succeeded = True
+                self._master.order(Order.STOP, "another master in its place")
         waiting, self._waiting = self._waiting, []
         for reply, outcome in waiting:
             answer = outcome()
@@ -74,28 +86,37 @@ class Requests:
             else:
                 reply(answer)
 
-    def _stop(self, reply: Reply, *, now: bool) -> None:
+    def _stop(self, reply: Reply, *, now: bool, succeeded: bool) -> None:
         master = self._master
-        master.order(Order.QUIT if now else Order.STOP, "forkd stop")
-        reply({"ok": True, "within": master.drain_timeout + 2 * GRACE})
-        self._waiting.append((reply, lambda: {"ok": True} if master.mode is Mode.OVER else None))
+        master.state.succeeded = succeeded
+        master.order(Order.QUIT if now else Order.STOP, "forkd restart" if succeeded else "forkd stop")
+        drain_timeout = master.state.generation.settings.drain_timeout
+        reply({"ok": True, "within": drain_timeout + 2 * (GRACE + STACKS)})
+        self._waiting.append((reply, lambda: {"ok": True} if master.state.mode is Mode.OVER else None))
+
+    def _hand_over(self, reply: Reply) -> None:
+        if self._master.state.mode is Mode.RUNNING:
+            self._heir = reply
+            self._master.hand_over(reply)
+        else:
+            reply({"ok": False, "error": f"the daemon is {self._master.state.mode.value}"})
 
     def _scale(self, wanted: object, reply: Reply) -> None:
-        master = self._master
+        master, state = self._master, self._master.state
         if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MOST_WORKERS:
             reply({"ok": False, "error": f"the number of workers is from 1 to {MOST_WORKERS}"})
             return
-        if master.mode is not Mode.RUNNING:
-            reply({"ok": False, "error": f"the daemon is {master.mode.value}"})
+        if state.mode is not Mode.RUNNING:
+            reply({"ok": False, "error": f"the daemon is {state.mode.value}"})
             return
         master.scale(wanted, "forkd scale")
-        known = master.last_failure
+        known = state.last_failure
 
         def outcome() -> Message | None:
-            if master.wanted != wanted or master.mode is not Mode.RUNNING:
-                return {"ok": False, "error": f"the daemon is {master.mode.value} and wants {master.wanted} workers"}
-            if master.last_failure is not known:
-                return {"ok": False, "error": str(master.last_failure)}
-            return {"ok": True, "workers": wanted} if master.settled() else None
+            if state.wanted != wanted or state.mode is not Mode.RUNNING:
+                return {"ok": False, "error": f"the daemon is {state.mode.value} and wants {state.wanted} workers"}
+            if state.last_failure is not known:
+                return {"ok": False, "error": str(state.last_failure)}
+            return {"ok": True, "workers": wanted} if state.settled() else None
 
         self._waiting.append((reply, outcome))

@@ -12,13 +12,17 @@ import logging
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import NoReturn
 
 from forkd import signals
+from forkd.errors import BootError
 from forkd.states import Life
 from forkd.system.channel import Channel, channel_pair
+from forkd.system.logs import same_file
 from forkd.system.scoreboard import Field, Row, Scoreboard
 
 log = logging.getLogger("forkd.spawn")
@@ -26,22 +30,40 @@ log = logging.getLogger("forkd.spawn")
 _SOFTWARE = os.EX_SOFTWARE  # a worker that raised
 
 
+#: The slot of a helper: a child that does something for the master and serves nobody.
+HELPER = 0
+
+#: Lines of a child's standard error that are kept for its certificate.
+LAST_WORDS = 20
+
+
 @dataclass(slots=True)
 class Worker:
-    """A worker process as the master knows it. Times are in seconds on the monotonic clock."""
+    """A child process as the master knows it. Times are in seconds on the monotonic clock."""
 
     pid: int
     slot: int
+    generation: int
     row: Row
     channel: Channel
+    stderr: int  # what it writes to standard error is read here; -1 after its end
     life: Life
     since: float  # when this life began
     born: float
     ready_at: float | None = None
     killed_as: Life | None = None  # what it was about when it was killed
     heard: bool = True  # whether its channel may still say something
-    cause: str = ""  # why the master killed it, or what it said when it could not boot
-    details: str = ""  # the traceback that came with the latter
+    dumped: float = -inf  # when it was last told to write its stacks
+    worn: str = ""  # why it says that it should be replaced
+    cause: str = ""  # why it was told to end or was killed, or what it said when it could not boot
+    failure: BootError | None = None  # the latter, with its traceback
+    unfinished: str = ""  # the beginning of a line that it has not ended yet
+    words: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_WORDS))
+
+    @property
+    def name(self) -> str:
+        """What the log calls it."""
+        return f"worker {self.slot}" if self.slot != HELPER else "helper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,57 +74,71 @@ class Exit:
     status: int
     peak_memory: int
 
+    @property
+    def code(self) -> int:
+        """The exit status, or the negative number of the signal."""
+        return os.waitstatus_to_exitcode(self.status)
+
     def __str__(self) -> str:
-        code = os.waitstatus_to_exitcode(self.status)
+        code = self.code
         if code >= 0:
             return f"exit status {code}"
         core = ", core dumped" if os.WCOREDUMP(self.status) else ""
         return f"killed by {signal.Signals(-code).name}{core}" if -code < 32 else f"killed by signal {-code}{core}"
 
 
-#: What a child runs: its slot, its row and its channel in; its exit status out.
-ChildMain = Callable[[int, Row, Channel], int]
+#: What a child runs: its row and its channel in; its exit status out.
+ChildMain = Callable[[Row, Channel], int]
 
 
 class Spawner:
     """Makes workers and ends them.
 
     Args:
-        main: what a child runs.
         board: where each gets a row.
         abandon: closes, in a child, what is the master's alone.
     """
 
-    def __init__(self, main: ChildMain, board: Scoreboard, abandon: Callable[[], None]) -> None:
-        self._main = main
+    def __init__(self, board: Scoreboard, abandon: Callable[[], None]) -> None:
         self._board = board
         self._abandon = abandon
 
-    def spawn(self, slot: int, now: float) -> Worker:
-        """Forks a worker.
+    def spawn(self, slot: int, generation: int, main: ChildMain, now: float) -> Worker:
+        """Forks a worker, or a helper.
 
         Raises:
             OSError: fork(2) or socketpair(2) failed, which is an event and no reason to end.
             OverflowError: the scoreboard has no row left.
         """
         row = self._board.claim()
-        ours, theirs = channel_pair()
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as after:
+            undo.callback(row.clear)
+            reader, writer = os.pipe()
+            undo.callback(os.close, reader)
+            after.callback(os.close, writer)
+            ours, theirs = channel_pair()
+            undo.callback(ours.close)
+            after.callback(theirs.close)
+            os.set_blocking(reader, False)
+            ours.takes_descriptors = slot == HELPER
+            pid = self._fork(main, row, ours, theirs, reader, writer)
+            undo.pop_all()
+        row[Field.PID], row[Field.GENERATION] = pid, generation
+        return Worker(pid, slot, generation, row, ours, reader, Life.BOOTING, since=now, born=now)
+
+    def _fork(self, main: ChildMain, row: Row, ours: Channel, theirs: Channel, reader: int, writer: int) -> int:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             pid = os.fork()
             if pid == 0:
-                self._child(slot, row, ours, theirs, mask)
-        except OSError:
-            ours.close()
-            row.clear()
-            raise
+                ours.close()
+                os.close(reader)
+                self._child(main, row, theirs, writer, mask)
+            return pid
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
-        row[Field.PID] = pid
-        return Worker(pid, slot, row, ours, Life.BOOTING, since=now, born=now)
 
-    def _child(self, slot: int, row: Row, ours: Channel, theirs: Channel, mask: set[int]) -> NoReturn:
+    def _child(self, main: ChildMain, row: Row, channel: Channel, stderr: int, mask: set[int]) -> NoReturn:
         status = _SOFTWARE
         try:
             signal.set_wakeup_fd(-1)
@@ -110,10 +146,13 @@ class Spawner:
                 signal.signal(known.signal, signal.SIG_DFL)
             for signum in signals.WORKER_IGNORES:
                 signal.signal(signum, signal.SIG_IGN)
-            ours.close()
             self._abandon()
+            if same_file(1, 2):  # a detached daemon's, or a terminal: what is printed goes the way of errors
+                os.dup2(stderr, 1)
+            os.dup2(stderr, 2)
+            os.close(stderr)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            status = self._main(slot, row, theirs)
+            status = main(row, channel)
         except SystemExit as error:  # a handler called sys.exit()
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             log.error("a handler ended this worker by sys.exit(%r)", error.code)

@@ -26,6 +26,8 @@ class Wakeup:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for row in signals.MASTER:
             signal.signal(row.signal, lambda *_: None)
+        # Whoever replaced this process's image has kept all back until now; so may have who started it.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def fileno(self) -> int:
         """What is readable when a signal has come."""

@@ -7,12 +7,18 @@ that the other side is gone, and is how a worker learns that its master died.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
+from collections.abc import Sequence
 
 from forkd.wire import LARGEST, Decoder, Message, WireError, encode
 
 _CHUNK = 65536
+
+#: Descriptors that one message carries at most (SCM_MAX_FD of unix(7)).
+MOST_DESCRIPTORS = 253
 
 
 class ChannelClosed(ConnectionError):
@@ -24,13 +30,31 @@ class Channel:
 
     Args:
         sock: a connected stream socket; the channel owns it and makes it non-blocking.
+        takes_descriptors: whether the other side may send descriptors; from one that may not, the kernel drops them.
+
+    Attributes:
+        takes_descriptors: as the argument.
+        descriptors: those that came and that nobody has taken yet, in the order of their messages; whoever takes one
+            owns it.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+    def __init__(self, sock: socket.socket, *, takes_descriptors: bool = False) -> None:
+        if sock.fileno() >= 0:
+            sock.setblocking(False)
         self._sock = sock
         self._decoder = Decoder()
         self._out = bytearray()
+        self.takes_descriptors = takes_descriptors
+        self.descriptors: list[int] = []
+
+    @classmethod
+    def of(cls, descriptor: int) -> Channel:
+        """The channel of a socket that another process image left open; a closed one for -1."""
+        if descriptor < 0:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.close()
+            return cls(sock)
+        return cls(socket.socket(fileno=descriptor))
 
     def fileno(self) -> int:
         """The descriptor, -1 after `close`."""
@@ -51,6 +75,21 @@ class Channel:
             raise ChannelClosed("the other side does not read")
         self._out += encode(message)
         self.flush()
+
+    def send_with(self, message: Message, descriptors: Sequence[int]) -> None:
+        """Sends a message, and copies of these descriptors with it (SCM_RIGHTS of unix(7)).
+
+        Raises:
+            ChannelClosed: the other side is gone, or has not read what was sent before: a descriptor can't wait.
+        """
+        data = encode(message)
+        if self._out:
+            raise ChannelClosed("the other side does not read")
+        try:
+            sent = socket.send_fds(self._sock, [data], list(descriptors))
+        except OSError as error:
+            raise ChannelClosed(str(error)) from None
+        self._out += data[sent:]
 
     def flush(self) -> None:
         """Sends what waits, as far as the socket takes it.
@@ -73,7 +112,7 @@ class Channel:
             ChannelClosed: end of file, or the other side said what is no message.
         """
         try:
-            data = self._sock.recv(_CHUNK)
+            data = self._receive_with() if self.takes_descriptors else self._sock.recv(_CHUNK)
         except BlockingIOError:
             return []
         except OSError as error:
@@ -85,15 +124,27 @@ class Channel:
         except WireError as error:
             raise ChannelClosed(str(error)) from None
 
+    def _receive_with(self) -> bytes:
+        data, descriptors, _, _ = socket.recv_fds(self._sock, _CHUNK, MOST_DESCRIPTORS)
+        for descriptor in descriptors:  # recvmsg(2) without MSG_CMSG_CLOEXEC leaves them to programs that are started
+            os.set_inheritable(descriptor, False)
+        self.descriptors += descriptors
+        return data
+
     def close(self) -> None:
-        """Closes the socket. What still waits is lost."""
+        """Closes the socket, and the descriptors that nobody has taken. What still waits is lost."""
         self._sock.close()
+        while self.descriptors:
+            with contextlib.suppress(OSError):
+                os.close(self.descriptors.pop())
 
 
 def channel_pair() -> tuple[Channel, Channel]:
-    """Two connected channels, for the two sides of a fork. Raises OSError."""
+    """Two connected channels, for the two sides of a fork: ours and the child's. Either may send descriptors, but only
+    the child takes them unasked. Raises OSError.
+    """
     ours, theirs = socket.socketpair()
-    return Channel(ours), Channel(theirs)
+    return Channel(ours), Channel(theirs, takes_descriptors=True)
 
 
 def peer_uid(sock: socket.socket) -> int:

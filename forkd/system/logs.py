@@ -27,6 +27,7 @@ class _Process:
 
     daemon = "forkd"
     role = "master"
+    descriptor = 2
 
 
 def escaped(text: str) -> str:
@@ -118,11 +119,30 @@ def default_log_file(name: str) -> Path:
 
 def start_logging(daemon: str, level: str, form: str, descriptor: int) -> None:
     """Sends every record of this process, and of those forked from it, to `descriptor`."""
-    _Process.daemon = daemon
+    _Process.daemon, _Process.descriptor = daemon, descriptor
     handler = DescriptorHandler(descriptor)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.captureWarnings(capture=True)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+
+
+def replace_log(descriptor: int) -> None:
+    """Sends every record to what this descriptor leads to, from now on, under the number that the log had; so do
+    standard output and error where they led to the log. Takes the descriptor over.
+    """
+    log = _Process.descriptor
+    for number in (1, 2, log):
+        if same_file(number, log):  # the log's own is the last that is looked at
+            os.dup2(descriptor, number, inheritable=number < 3)
+    os.close(descriptor)
+
+
+def same_file(one: int, other: int) -> bool:
+    """Whether two descriptors lead to the same file; not so when either is closed."""
+    try:
+        return os.path.samestat(os.fstat(one), os.fstat(other))
+    except OSError:
+        return False
 
 
 def set_role(role: str) -> None:

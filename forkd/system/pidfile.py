@@ -58,12 +58,16 @@ class PidFile:
     Args:
         path: where; its directory exists.
         name: the daemon's name, for messages.
+
+    Attributes:
+        lent: whether the file is another process's, with whom the lock is shared; then it is not removed here.
     """
 
     def __init__(self, path: Path, name: str) -> None:
         self._path = path
         self._name = name
         self._descriptor = -1
+        self.lent = False
 
     @property
     def descriptor(self) -> int:
@@ -94,8 +98,13 @@ class PidFile:
                 return
             os.close(descriptor)  # its last holder removed it between our open and our lock
 
+    def adopt(self, descriptor: int, *, lent: bool) -> None:
+        """Holds the lock by a descriptor that was handed over: flock(2) is shared by all copies of it."""
+        self._descriptor, self.lent = descriptor, lent
+
     def write(self) -> None:
         """Writes this process's number; after the last fork of a start. Raises ForkdError."""
+        self.lent = False
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -104,7 +113,7 @@ class PidFile:
 
     def remove(self) -> None:
         """Removes the file, if it is still ours, then gives the lock back: nobody should lock a file that is to go."""
-        if self._descriptor >= 0 and self._still_there(self._descriptor):
+        if self._descriptor >= 0 and not self.lent and self._still_there(self._descriptor):
             self._path.unlink(missing_ok=True)
         self.close()
 

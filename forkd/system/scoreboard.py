@@ -70,15 +70,18 @@ class Scoreboard:
 
     Args:
         capacity: rows at most; memory is taken only for those that were ever used.
+        descriptor: of the memory, where it was handed through an exec; -1: make some.
 
     Raises:
         OSError: no shared memory to be had.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, descriptor: int = -1) -> None:
         size = (capacity + 1) * _WIDTH * _BYTES
         # A memfd has a descriptor that can be handed through an exec; where there are none, memory shared by fork does.
-        if hasattr(os, "memfd_create"):
+        if descriptor >= 0:
+            self.descriptor = descriptor
+        elif hasattr(os, "memfd_create"):
             self.descriptor = os.memfd_create("forkd-scoreboard", os.MFD_CLOEXEC)
             os.ftruncate(self.descriptor, size)
         else:

@@ -12,11 +12,12 @@ import os
 import pwd
 import socket
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from forkd.config.address import Address
+from forkd.config.address import Address, parse_address
 from forkd.config.options import Listener
 from forkd.errors import AddressInUse, ForkdError
 from forkd.system.holders import holder_of
@@ -31,12 +32,45 @@ class BoundListener:
         address: where it really listens: with the port that the kernel chose where the settings say 0.
         sockets: one for each address that the host's name stands for; one in all other cases.
         inode: device and inode of a unix socket's path, else None.
+        lent: whether it is another master's yet, who alone may remove its path.
     """
 
     listener: Listener
     address: Address
     sockets: list[socket.socket]
     inode: tuple[int, int] | None = None
+    lent: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """All but the settings and the sockets, fit for JSON; `BoundListener.taken` makes it one again."""
+        return {
+            "wanted": str(self.listener.address),
+            "address": str(self.address),
+            "sockets": len(self.sockets),
+            "inode": self.inode,
+        }
+
+    @classmethod
+    def taken(
+        cls, described: Mapping[str, Any], listener: Listener, descriptors: list[int], *, lent: bool = False
+    ) -> BoundListener:
+        """One that another process bound.
+
+        Args:
+            described: by `described`.
+            listener: its settings.
+            descriptors: of its sockets, in order; they are taken over, from the front of the list.
+            lent: as the attribute.
+
+        Raises:
+            ValueError: it is not so described, or there are fewer descriptors.
+        """
+        if len(descriptors) < described["sockets"]:
+            raise ValueError(f"{described['wanted']} came without its sockets")
+        sockets = [socket.socket(fileno=descriptors.pop(0)) for _ in range(described["sockets"])]
+        device_and_inode = described["inode"]
+        inode = None if device_and_inode is None else (int(device_and_inode[0]), int(device_and_inode[1]))
+        return cls(listener, parse_address(described["address"]), sockets, inode, lent)
 
     def close(self) -> None:
         """Closes the sockets in this process; the listener lives on in others that have them."""
@@ -46,7 +80,7 @@ class BoundListener:
     def remove(self) -> None:
         """Closes the sockets and removes a unix socket's path, if it is still the one that was made here."""
         self.close()
-        if self.inode is not None:
+        if self.inode is not None and not self.lent:
             with contextlib.suppress(FileNotFoundError):
                 if _inode(self.address.path) == self.inode:
                     Path(self.address.path).unlink()
@@ -70,15 +104,42 @@ def bind_listener(listener: Listener) -> BoundListener:
         raise ForkdError(f"can't listen on {address}: {_explained(error, address)}") from None
 
 
-def bind_all(listeners: tuple[Listener, ...]) -> list[BoundListener]:
-    """Binds every listener, or none: what was bound is closed again when one can't be. Raises as `bind_listener`."""
+def bind_all(listeners: Sequence[Listener], held: Sequence[BoundListener] = ()) -> list[BoundListener]:
+    """Binds every listener that is not among those `held`, or none: what was bound is closed again when one can't be.
+    Raises as `bind_listener`.
+    """
     bound: list[BoundListener] = []
     with contextlib.ExitStack() as undo:
-        for listener in listeners:
-            bound.append(bind_listener(listener))
-            undo.callback(bound[-1].remove)
+        for listener, kept in zip(listeners, match_listeners(listeners, held), strict=True):
+            bound.append(kept or bind_listener(listener))
+            if kept is None:
+                undo.callback(bound[-1].remove)
         undo.pop_all()
     return bound
+
+
+def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]) -> list[BoundListener | None]:
+    """For each listener the one of those held that listens where it should, with the new settings; else None."""
+    free = list(held)
+    found: list[BoundListener | None] = []
+    for listener in listeners:
+        by_settings = [bound for bound in free if bound.listener.address == listener.address]
+        # One that was given a free port may be asked for by that port from now on.
+        match = next(iter(by_settings or [bound for bound in free if bound.address == listener.address]), None)
+        if match is not None:
+            free.remove(match)
+        found.append(match and replace(match, listener=listener))
+    return found
+
+
+def update_listener(bound: BoundListener) -> None:
+    """Has a listener that was kept follow its new settings: backlog, and a path's mode and owner. Raises OSError."""
+    for sock in bound.sockets:
+        sock.listen(bound.listener.backlog)
+    if bound.inode is not None and _inode(bound.address.path) == bound.inode:
+        if bound.listener.mode is not None:  # else it stays as the umask of the start made it
+            os.chmod(bound.address.path, bound.listener.mode)
+        _chown(bound.listener)
 
 
 def probe_listener(listener: Listener) -> None:
@@ -142,15 +203,23 @@ def _bind_unix(listener: Listener) -> BoundListener:
             sock.bind("\0" + address.path[1:])
             inode = None
         else:
-            take_path(sock, address.path, mode=0o666 & ~current_umask() if listener.mode is None else listener.mode)
+            take_path(sock, address.path, _mode(listener))
             inode = _inode(address.path)
             undo.callback(Path(address.path).unlink)
-            uid, gid = _number(listener.owner, _uid), _number(listener.group, _gid)
-            if (uid, gid) != (-1, -1):
-                os.chown(address.path, uid, gid, follow_symlinks=False)
+            _chown(listener)
         _listen(sock, listener)
         undo.pop_all()
     return BoundListener(listener, address, [sock], inode)
+
+
+def _mode(listener: Listener) -> int:
+    return 0o666 & ~current_umask() if listener.mode is None else listener.mode
+
+
+def _chown(listener: Listener) -> None:
+    uid, gid = _number(listener.owner, _uid), _number(listener.group, _gid)
+    if (uid, gid) != (-1, -1):
+        os.chown(listener.address.path, uid, gid, follow_symlinks=False)
 
 
 def take_path(sock: socket.socket, path: str, mode: int) -> None:

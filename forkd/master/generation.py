@@ -1,0 +1,46 @@
+"""A generation: settings, the sockets bound for them, and the log that goes with them. A reload makes the next one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forkd.config.options import Settings
+from forkd.system.process import processors
+from forkd.system.sockets import BoundListener
+
+
+@dataclass(slots=True)
+class Generation:
+    """What one generation of workers is made from.
+
+    Attributes:
+        number: from 1 on; no two have the same.
+        settings: what it serves by.
+        bound: the settings' listeners, in their order.
+        log: the descriptor that it logs to.
+    """
+
+    number: int
+    settings: Settings
+    bound: list[BoundListener]
+    log: int
+
+    def close_all_but(self, kept: Generation | None) -> None:
+        """Closes, in a forked child, the sockets that another generation does not have."""
+        for bound in self.lacking(kept):
+            bound.close()
+
+    def lacking(self, other: Generation | None) -> list[BoundListener]:
+        """The listeners that another generation does not have."""
+        theirs = {sock.fileno() for bound in other.bound for sock in bound.sockets} if other is not None else set()
+        return [bound for bound in self.bound if not theirs & {sock.fileno() for sock in bound.sockets}]
+
+
+def wanted_workers(settings: Settings) -> int:
+    """The number of workers that the settings mean."""
+    return settings.workers or processors()
+
+
+def wanted_after(before: Settings, wanted: int, after: Settings) -> int:
+    """The number of workers after a change of settings: the one asked for since, where they still say the same."""
+    return wanted if before.workers == after.workers else wanted_workers(after)

@@ -1,0 +1,104 @@
+"""The state of a running master: what its parts share. It decides nothing and waits for nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from forkd.errors import BootError
+from forkd.master.control import ControlSocket
+from forkd.master.crew import Crew
+from forkd.master.errands import Errands
+from forkd.master.generation import Generation
+from forkd.master.heritage import Heritage, Place
+from forkd.master.plan import Candidate, Pool
+from forkd.master.spawn import HELPER, Worker
+from forkd.states import Mode
+from forkd.system.scoreboard import Scoreboard
+
+
+@dataclass(slots=True)
+class State:
+    """One master's.
+
+    Attributes:
+        generation: the one that serves.
+        wanted: how many workers it should have.
+        board: the scoreboard.
+        control: the control socket.
+        errands: what its children do.
+        place: what outlasts this image.
+        crew: its children.
+        mode: what it is about.
+        started: since the epoch, whichever image it was that started.
+        last_failure: why the last worker that never served did not.
+        succeeded: whether another master has the name and the addresses now.
+        awake: since when it has been there without a gap, on the monotonic clock.
+    """
+
+    generation: Generation
+    wanted: int
+    board: Scoreboard
+    control: ControlSocket
+    errands: Errands
+    place: Place
+    crew: Crew
+    mode: Mode = Mode.STARTING
+    started: float = field(default_factory=time.time)
+    last_failure: BootError | None = None
+    succeeded: bool = False
+    awake: float = -inf
+
+    @property
+    def workers(self) -> Mapping[int, Worker]:
+        """By pid, helpers too."""
+        return self.crew.workers
+
+    def settled(self) -> bool:
+        """Whether there are just the workers that are wanted, and all serve."""
+        return self.crew.serves(self.generation.number, self.wanted)
+
+    def pool(self, now: float, candidate: Candidate | None) -> Pool:
+        """All this as the plan sees it."""
+        number, settings = self.generation.number, self.generation.settings
+        return Pool(
+            self.mode,
+            self.wanted,
+            self.crew.views(now),
+            self.crew.slots[number],
+            settings.boot_timeout,
+            settings.drain_timeout,
+            settings.stall_timeout,
+            number,
+            candidate,
+            self.awake,
+        )
+
+    def heritage(self, clients: Sequence[int]) -> Heritage:
+        """All this as another image goes on with it.
+
+        Args:
+            clients: descriptors of those who wait for the outcome.
+        """
+        return Heritage(
+            place=self.place,
+            generation=self.generation,
+            wanted=self.wanted,
+            started=self.started,
+            control=self.control.fileno(),
+            board=self.board,
+            workers=[worker for worker in self.workers.values() if worker.slot != HELPER],
+            slots=self.crew.slots[self.generation.number],
+            deaths=list(self.crew.deaths),
+            clients=clients,
+        )
+
+    def inherit(self, heritage: Heritage) -> None:
+        """Goes on where another image left off."""
+        self.mode, self.wanted, self.started = Mode.RUNNING, heritage.wanted, heritage.started
+        for worker in heritage.workers:
+            self.crew.adopt(worker)
+        self.crew.slots[self.generation.number].update(heritage.slots)
+        self.crew.deaths.extend(dict(death) for death in heritage.deaths)
