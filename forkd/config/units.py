@@ -104,11 +104,12 @@ def parse_rate(text: str) -> float:
 
 def show_rate(rate: float) -> str:
     """The shortest text that parses to `rate` again."""
+    exact = Decimal(repr(rate))
     for unit in ("s", "m", "h", "d"):
-        number = rate * float(_SECONDS[unit])
-        if abs(number - round(number)) < 1e-9:
-            return f"{number:.0f}/{unit}"
-    return f"{rate!r}/s"
+        text = f"{exact * _SECONDS[unit]:.0f}/{unit}"
+        if parse_rate(text) == rate:
+            return text
+    return f"{exact:f}/s"
 
 
 def parse_boolean(text: str) -> bool:
@@ -145,9 +146,13 @@ def _text(text: str) -> str:
 def _path(text: str) -> Path:
     """An absolute path. A relative one is relative to where forkd was started."""
     try:
-        return Path(_text(text)).expanduser().absolute()
+        path = Path(_text(text)).expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{text!r}: there is no such user's home directory") from None
+    except FileNotFoundError:
+        raise ValueError(f"{text!r} is relative to the current directory, which is gone") from None
+    _text(str(path))  # what the home or the current directory brought in is shown and read again with the rest
+    return path
 
 
 def integer(minimum: int, maximum: int) -> Kind[int]:
