@@ -44,6 +44,7 @@ _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _DURATION = r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+"
 _SIZE = r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?"
 _RATE = r"(\d+(?:\.\d+)?)/(s|m|h|d)"
+_PERCENT = r"(100(?:\.0+)?|\d{1,2}(?:\.\d+)?)%"
 _HANDLER = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -110,6 +111,21 @@ def show_rate(rate: float) -> str:
         if parse_rate(text) == rate:
             return text
     return f"{exact:f}/s"
+
+
+def parse_percent(text: str) -> float:
+    """A fraction from 0 to 1, from `10%` or `2.5%`."""
+    if re.fullmatch(_PERCENT, f"{text}%", re.ASCII):
+        raise ValueError(f"{text!r} has no unit; did you mean {text}%?")
+    match = re.fullmatch(_PERCENT, text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a percentage; write 0% to 100%, as in 10%")
+    return float(Decimal(match[1]) / 100)
+
+
+def show_percent(fraction: float) -> str:
+    """The text that parses to `fraction` again."""
+    return f"{(Decimal(repr(fraction)) * 100).normalize():f}%"
 
 
 def parse_boolean(text: str) -> bool:
@@ -207,6 +223,7 @@ SIZE = Kind(
     {"anyOf": [{"type": "string", "pattern": f"^{_SIZE}$"}, {"type": "integer", "minimum": 0}]},
 )
 RATE = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{_RATE}$"})
+PERCENT = Kind("percentage", parse_percent, show_percent, {"type": "string", "pattern": f"^{_PERCENT}$"})
 BOOLEAN = Kind("true or false", parse_boolean, lambda value: str(value).lower(), {"type": "boolean"})
 MODE = Kind(
     "file mode",
