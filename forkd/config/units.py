@@ -36,6 +36,10 @@ class Kind(Generic[T]):
     schema: Mapping[str, Any]
     unset: str = ""
 
+    def text(self, value: T | None) -> str | None:
+        """As `show`; None for a None that no word stands for."""
+        return (self.unset or None) if value is None else self.show(value)
+
 
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
