@@ -131,6 +131,14 @@ workers: 4
 boot_timeout: 0
 boot_timeout: 1h30m
 drain_timeout: 250ms
+stall_timeout: 0
+preload: true
+preload: yes
+recycle: {connections: 100000, age: 24h, memory: 500MiB, jitter: 10%}
+recycle: {connections: 0, age: 0, memory: 0, jitter: 0%}
+recycle: {jitter: 100%}
+recycle: {jitter: 2.5%}
+recycle: {}
 python_path: [/a, b]
 log: {level: debug, format: json, to: stderr}
 log: {to: /var/log/x}
@@ -156,6 +164,19 @@ name:
 boot_timeout: 30
 boot_timeout: soon
 drain_timeout: 22:22
+stall_timeout: never
+preload: 1
+preload: [a]
+recycle: 24h
+recycle: {connections: -1}
+recycle: {connections: 1000000001}
+recycle: {age: 24}
+recycle: {memory: 500M}
+recycle: {jitter: 10}
+recycle: {jitter: 0.1}
+recycle: {jitter: 101%}
+recycle: {jitter: 0x1%}
+recycle: {jiter: 1%}
 python_path: /srv
 log: info
 log:

@@ -107,6 +107,22 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recycle:
+    """When a worker has served long enough: at whichever of its limits comes first, another takes its place."""
+
+    connections: int = _option(
+        units.integer(0, 10**9), "Connections that a worker accepts before it is replaced. 0: never.", 0
+    )
+    age: float = _option(units.DURATION, "Time that a worker serves before it is replaced. 0: never.", 0.0)
+    memory: int = _option(units.SIZE, "Resident memory at which a worker is replaced. 0: never.", 0)
+    jitter: float = _option(
+        units.PERCENT,
+        "By which fraction, at most, each worker's limits are lowered at random, so that workers don't go together.",
+        0.1,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     """What is written, how and where."""
 
@@ -135,6 +151,13 @@ class Settings:
     python_path: tuple[Path, ...] = _option(
         ListOf(units.PATH), "Directories that handlers are imported from, first. Default: the working directory.", []
     )
+    preload: bool = _option(
+        units.BOOLEAN,
+        "Import the handlers in the master before it forks, so that workers share their memory; their code then "
+        "changes by an upgrade only.",
+        False,
+        needs=Needs.UPGRADE,
+    )
     working_directory: Path | None = _option(
         units.PATH,
         "The daemon's current directory. Default: the one that it is started in.",
@@ -151,9 +174,17 @@ class Settings:
     boot_timeout: float = _option(
         units.DURATION, "Time that a worker has to import its handlers and report ready.", 60.0
     )
-    drain_timeout: float = _option(
-        units.DURATION, "Time that open connections have to end after a stop; then they are closed.", 30.0
+    stall_timeout: float = _option(
+        units.DURATION,
+        "Time that a worker's loop may stand still before its stacks are logged and it is killed. 0: never.",
+        30.0,
     )
+    drain_timeout: float = _option(
+        units.DURATION,
+        "Time that open connections have to end after a stop, a reload or a recycling; then they are closed.",
+        30.0,
+    )
+    recycle: Recycle = _section(Recycle, "When a worker is replaced by a fresh one.")
     log: Log = _section(Log, "The log.")
 
 
