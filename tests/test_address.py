@@ -67,6 +67,8 @@ def test_only_a_unix_address_that_begins_with_an_at_sign_is_abstract() -> None:
         ("tcp://127.0.0.1:80\n", "as in tcp://127.0.0.1:7007"),
         ("tcp://user@host:80", "as in tcp://127.0.0.1:7007"),
         ("tcp://:80", "as in tcp://127.0.0.1:7007"),
+        ("tcp://a\x1bb:80", "as in tcp://127.0.0.1:7007"),
+        ("tcp://\ud83d\ude00:80", "as in tcp://127.0.0.1:7007"),
         ("tcp://[zzz]:80", ""),
         ("tcp://[127.0.0.1]:80", ""),
         ("unix:", "write unix: and an absolute path, or unix:@name"),

@@ -294,6 +294,14 @@ def test_settings_from_the_command_line_alone_need_no_file() -> None:
     ]
 
 
+def test_text_in_brackets_is_a_sequence_where_it_is_a_whole_value_alone() -> None:
+    listen = Override("listen", [{"address": "[::1]", "handler": "[a:b]"}], "--listen [::1]")
+    assert [line.partition(";")[0] for line in mistakes(None, listen)] == [
+        "--listen [::1]: listen[0].address: '[::1]' is not an address",
+        "--listen [::1]: listen[0].handler: '[a:b]' is not a handler",
+    ]
+
+
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:8080", "unix:/tmp/x", "unix:@x"])
 def test_two_listeners_on_one_address_are_a_mistake_at_the_second(
     wrong: Callable[..., list[str]], address: str

@@ -5,6 +5,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import yaml
 from jsonschema import Draft7Validator
 
 from forkd.config.load import read_settings
-from forkd.config.options import ListOf, Settings, default_of, options
+from forkd.config.options import ListOf, Needs, Settings, _option, _section, default_of, options
 from forkd.config.schema import json_schema, reference_page
-from forkd.config.units import Kind
+from forkd.config.units import Kind, integer
 
 EXAMPLES = Path(__file__).parent.parent / "etc" / "forkd"
 
@@ -71,8 +72,31 @@ def test_every_setting_has_its_row_on_the_reference_page(key: str, name: str, se
     rows = [line for line in reference_page().splitlines() if line.startswith(f"| `{key}` |")]
     assert len(rows) == 1
     assert rows[0].endswith(f" | {options(section)[name].doc} |")
-    assert rows[0].replace("\\|", "").count("|") == 5
+    assert rows[0].replace("\\|", "").count("|") == 6
     assert ("| required |" in rows[0]) == options(section)[name].required
+    assert f" | {options(section)[name].needs.value} | " in rows[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within:
+    light: int = _option(integer(0, 9), "Light.", 1)
+    heavy: int = _option(integer(0, 9), "Heavy.", 2, needs=Needs.RESTART)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    inner: Within = _section(Within, "Inner.", needs=Needs.UPGRADE)
+    last: int = _option(integer(0, 9), "Last.", 3)
+
+
+def test_what_is_in_a_section_needs_at_least_what_the_section_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forkd.config.schema.Settings", Around)
+    assert reference_page().splitlines()[4:] == [
+        "| `inner` | section |  | upgrade | Inner. |",
+        "| `inner.light` | whole number | `1` | upgrade | Light. |",
+        "| `inner.heavy` | whole number | `2` | restart | Heavy. |",
+        "| `last` | whole number | `3` | reload | Last. |",
+    ]
 
 
 def test_the_example_has_every_setting() -> None:
@@ -107,6 +131,14 @@ workers: 4
 boot_timeout: 0
 boot_timeout: 1h30m
 drain_timeout: 250ms
+stall_timeout: 0
+preload: true
+preload: yes
+recycle: {connections: 100000, age: 24h, memory: 500MiB, jitter: 10%}
+recycle: {connections: 0, age: 0, memory: 0, jitter: 0%}
+recycle: {jitter: 100%}
+recycle: {jitter: 2.5%}
+recycle: {}
 python_path: [/a, b]
 log: {level: debug, format: json, to: stderr}
 log: {to: /var/log/x}
@@ -132,6 +164,19 @@ name:
 boot_timeout: 30
 boot_timeout: soon
 drain_timeout: 22:22
+stall_timeout: never
+preload: 1
+preload: [a]
+recycle: 24h
+recycle: {connections: -1}
+recycle: {connections: 1000000001}
+recycle: {age: 24}
+recycle: {memory: 500M}
+recycle: {jitter: 10}
+recycle: {jitter: 0.1}
+recycle: {jitter: 101%}
+recycle: {jitter: 0x1%}
+recycle: {jiter: 1%}
 python_path: /srv
 log: info
 log:

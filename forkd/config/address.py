@@ -65,7 +65,7 @@ def parse_address(text: str) -> Address:
 
 def _parse_tcp(text: str, rest: str) -> Address:
     match = _TCP.fullmatch(rest)
-    if match is None:
+    if match is None or not rest.isprintable():
         if rest.count(":") > 1 and "[" not in rest:
             raise ValueError(f"{text!r}: an IPv6 host stands in brackets, as in tcp://[::1]:7007")
         if ":" not in rest.rpartition("]")[2]:

@@ -1,8 +1,9 @@
 """From YAML and command-line options to `Settings`, with every mistake found in one pass.
 
 The YAML is read as a graph of nodes, never constructed into objects: nodes know their line and column, keep duplicate
-keys, and leave scalars as the text that was written. What the command line says is grafted into that graph, so one
-walker reads both. The pure-Python composer is used on purpose: on deep nesting it raises, where libyaml's crashes.
+keys, and leave scalars as the text that was written. What the command line says is grafted into that graph, and what
+is handed over (`plain`) becomes one, so one walker reads them all. The pure-Python composer is used on purpose: on deep
+nesting it raises, where libyaml's crashes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -46,6 +47,12 @@ class Loaded:
     listeners: list[int] = field(default_factory=list)
     places: dict[Keys, yaml.Mark] = field(default_factory=dict)
 
+    def sound(self) -> Settings:
+        """The settings, if nothing is wrong; else raises ConfigError with every problem found."""
+        if self.problems:
+            raise ConfigError(self.problems)
+        return self.settings
+
     def add(self, message: str, *keys: str | int) -> None:
         """Adds a problem of a setting, found by who tried what it says."""
         self.problem(self.places.get(keys) or made_mark(_name(keys)), f"{_name(keys)}: {message}")
@@ -70,10 +77,7 @@ def load_settings(
     Raises:
         ConfigError: with every problem found.
     """
-    loaded = read_settings(path, overrides, base)
-    if loaded.problems:
-        raise ConfigError(loaded.problems)
-    return loaded.settings
+    return read_settings(path, overrides, base).sound()
 
 
 def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: dict[str, Any] | None = None) -> Loaded:
@@ -92,14 +96,19 @@ def read_settings(path: Path | None, overrides: Iterable[Override] = (), base: d
             graft(root, override)
         except ValueError as error:
             reading.problem(made_mark(override.where), str(error))
-    values = _section(root, Settings, (), reading, base or {})
+    read_graph(root, reading, base or {})
+    return reading
+
+
+def read_graph(root: yaml.Node, reading: Loaded, base: dict[str, Any]) -> None:
+    """Settings from a graph of nodes, whatever it was made of, into `reading`; `base` as in `load_settings`."""
+    values = _section(root, Settings, (), reading, base)
     _check_listeners(values.get("listen", ()), reading)
     reading.listeners = [index for index, item in enumerate(values.get("listen", ())) if item is not _WRONG]
     for key, value in values.items():
         if isinstance(value, tuple):
             values[key] = tuple(item for item in value if item is not _WRONG)
     reading.settings = Settings(**{"listen": (), **values})
-    return reading
 
 
 def _where(mark: yaml.Mark) -> str:
@@ -133,10 +142,7 @@ def _compose(path: Path, reading: Loaded) -> yaml.MappingNode | None:
         return None
     if root is None:  # an empty file, or comments alone
         return None
-    if not isinstance(root, yaml.MappingNode):
-        reading.problem(root.start_mark, f"expected settings as `key: value`, found {_what(root)}")
-        return None
-    return root
+    return root if _is_mapping(root, (), reading) else None
 
 
 def _what(node: yaml.Node) -> str:
@@ -144,7 +150,17 @@ def _what(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a sequence"
-    return repr(node.value) if node.value else "nothing"
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value) if node.value else "nothing"
+    return "nothing" if node.value is None else f"{_a(type(node.value).__name__)}, not text"
+
+
+def _is_mapping(node: yaml.Node, keys: Keys, reading: Loaded) -> TypeGuard[yaml.MappingNode]:
+    """Whether a node can hold settings, and a problem if not."""
+    if not isinstance(node, yaml.MappingNode):
+        of = f"{_name(keys)}: " if keys else ""
+        reading.problem(node.start_mark, f"{of}expected settings as `key: value`, found {_what(node)}")
+    return isinstance(node, yaml.MappingNode)
 
 
 def _section(node: yaml.Node, section: type, keys: Keys, reading: Loaded, base: dict[str, Any]) -> dict[str, Any]:
@@ -152,8 +168,7 @@ def _section(node: yaml.Node, section: type, keys: Keys, reading: Loaded, base: 
     known = options(section)
     values: dict[str, Any] = {}
     seen: dict[str, yaml.Mark] = {}
-    if not isinstance(node, yaml.MappingNode):
-        reading.problem(node.start_mark, f"{_name(keys)}: expected settings as `key: value`, found {_what(node)}")
+    if not _is_mapping(node, keys, reading):
         return values
     _check_tag(node, {_MAP}, keys, reading)
     for key_node, value_node in node.value:

@@ -1,13 +1,15 @@
-"""Every setting, declared once: name, kind, default and one line of documentation.
+"""Every setting, declared once: name, kind, default, one line of documentation and what a change of it needs.
 
-A new setting is one new field here. The loader, the defaults, `--set`, `forkd check`, the reference page and the JSON
-Schema all come from these classes; the fields' types are what the rest of the code sees.
+A new setting is one new field here. The loader, the defaults, `--set`, `forkd check`, the reference page, the JSON
+Schema and what a reload makes of a change all come from these classes; the fields' types are what the rest of the code
+sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,18 @@ BUILTIN_ECHO = "forkd.builtin:Echo"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7007"
 
 _KEY = "option"
+
+
+class Needs(Enum):
+    """What the change of a setting needs before it holds in a daemon that runs, the least first."""
+
+    RELOAD = "reload"
+    UPGRADE = "upgrade"
+    RESTART = "restart"
+
+    def __lt__(self, other: Needs) -> bool:
+        order = list(Needs)
+        return order.index(self) < order.index(other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +50,24 @@ class Option:
         kind: how its value is read: a scalar's `Kind`, a section's class, or a `ListOf` either.
         doc: one line for the reference page.
         required: whether the file must give it.
+        needs: what a change of it needs; what is in a section or a sequence needs at least as much.
     """
 
     kind: Kind[Any] | ListOf | type
     doc: str
     required: bool = False
+    needs: Needs = Needs.RELOAD
 
 
-def _option(kind: Kind[Any] | ListOf, doc: str, default: Any = MISSING) -> Any:
-    metadata = {_KEY: Option(kind, doc, required=default is MISSING)}
+def _option(kind: Kind[Any] | ListOf, doc: str, default: Any = MISSING, *, needs: Needs = Needs.RELOAD) -> Any:
+    metadata = {_KEY: Option(kind, doc, required=default is MISSING, needs=needs)}
     if isinstance(default, list):
         return field(default_factory=lambda: tuple(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _section(kind: type, doc: str) -> Any:
-    return field(default_factory=kind, metadata={_KEY: Option(kind, doc)})
+def _section(kind: type, doc: str, *, needs: Needs = Needs.RELOAD) -> Any:
+    return field(default_factory=kind, metadata={_KEY: Option(kind, doc, needs=needs)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +107,22 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recycle:
+    """When a worker has served long enough: at whichever of its limits comes first, another takes its place."""
+
+    connections: int = _option(
+        units.integer(0, 10**9), "Connections that a worker accepts before it is replaced. 0: never.", 0
+    )
+    age: float = _option(units.DURATION, "Time that a worker serves before it is replaced. 0: never.", 0.0)
+    memory: int = _option(units.SIZE, "Resident memory at which a worker is replaced. 0: never.", 0)
+    jitter: float = _option(
+        units.PERCENT,
+        "By which fraction, at most, each worker's limits are lowered at random, so that workers don't go together.",
+        0.1,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     """What is written, how and where."""
 
@@ -108,27 +140,51 @@ class Log:
 class Settings:
     """One daemon."""
 
-    name: str = _option(units.NAME, "The daemon's name, in process titles and paths. Default: the file's name.", "echo")
+    name: str = _option(
+        units.NAME,
+        "The daemon's name, in process titles and paths. Default: the file's name.",
+        "echo",
+        needs=Needs.RESTART,
+    )
     workers: int | None = _option(units.WORKERS, "Worker processes; auto is one for each processor it may use.", None)
     listen: tuple[Listener, ...] = _option(ListOf(Listener), "The listeners, each with its own handler.")
     python_path: tuple[Path, ...] = _option(
         ListOf(units.PATH), "Directories that handlers are imported from, first. Default: the working directory.", []
     )
+    preload: bool = _option(
+        units.BOOLEAN,
+        "Import the handlers in the master before it forks, so that workers share their memory; their code then "
+        "changes by an upgrade only.",
+        False,
+        needs=Needs.UPGRADE,
+    )
     working_directory: Path | None = _option(
-        units.PATH, "The daemon's current directory. Default: the one that it is started in.", None
+        units.PATH,
+        "The daemon's current directory. Default: the one that it is started in.",
+        None,
+        needs=Needs.RESTART,
     )
     run_directory: Path | None = _option(
         units.PATH,
         "Where the pid file and the control socket are. Default: /run/forkd/NAME for root, else "
         "$XDG_RUNTIME_DIR/forkd/NAME, else a private directory under the temporary one.",
         None,
+        needs=Needs.RESTART,
     )
     boot_timeout: float = _option(
         units.DURATION, "Time that a worker has to import its handlers and report ready.", 60.0
     )
-    drain_timeout: float = _option(
-        units.DURATION, "Time that open connections have to end after a stop; then they are closed.", 30.0
+    stall_timeout: float = _option(
+        units.DURATION,
+        "Time that a worker's loop may stand still before its stacks are logged and it is killed. 0: never.",
+        30.0,
     )
+    drain_timeout: float = _option(
+        units.DURATION,
+        "Time that open connections have to end after a stop, a reload or a recycling; then they are closed.",
+        30.0,
+    )
+    recycle: Recycle = _section(Recycle, "When a worker is replaced by a fresh one.")
     log: Log = _section(Log, "The log.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -44,7 +43,7 @@ def graft(root: yaml.MappingNode, override: Override) -> None:
         ValueError: there is nothing to put it into.
     """
     mark = made_mark(override.where)
-    value = _node(override.value, mark)
+    value = node_of(_typed(override.value), mark)
     *path, last = override.key.split(".")
     sections: list[yaml.MappingNode] = [root]
     for index, part in enumerate(path):
@@ -59,15 +58,25 @@ def graft(root: yaml.MappingNode, override: Override) -> None:
         section.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
 
 
-def _node(value: str | Sequence[Any] | Mapping[str, Any], mark: yaml.Mark) -> yaml.Node:
-    """A value from the command line as YAML would have it; text in brackets is a sequence, other text itself."""
+def node_of(value: object, mark: yaml.Mark) -> yaml.Node:
+    """The graph that a file which holds `value` would be read as: mappings, lists and text.
+
+    Anything else becomes a node of no kind, which the walker finds wrong wherever it stands.
+    """
     if isinstance(value, Mapping):
-        pairs = [(_node(key, mark), _node(item, mark)) for key, item in value.items()]
+        pairs = [(node_of(key, mark), node_of(item, mark)) for key, item in value.items()]
         return yaml.MappingNode(_MAP, pairs, mark, mark)
-    if isinstance(value, str) and not (value.startswith("[") and value.endswith("]")):
-        return yaml.ScalarNode(_STR, value, mark, mark)
-    items = [item.strip() for item in value[1:-1].split(",") if item.strip()] if isinstance(value, str) else value
-    return yaml.SequenceNode(_SEQ, [_node(item, mark) for item in items], mark, mark)
+    if isinstance(value, list | tuple):
+        return yaml.SequenceNode(_SEQ, [node_of(item, mark) for item in value], mark, mark)
+    kind = yaml.ScalarNode if isinstance(value, str) else yaml.Node
+    return kind(_STR, value, mark, mark)
+
+
+def _typed(value: str | Sequence[Mapping[str, str]]) -> object:
+    """A value as the command line means it: text in brackets is a sequence, other text itself."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        return [item.strip() for item in value[1:-1].split(",") if item.strip()]
+    return value
 
 
 def _inside(section: yaml.MappingNode, part: str, mark: yaml.Mark) -> list[yaml.MappingNode]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from forkd.config.options import ListOf, Settings, default_of, options
+from forkd.config.options import ListOf, Needs, Option, Settings, default_of, options
 from forkd.config.units import Kind
 
 
@@ -44,35 +44,36 @@ def _default(kind: Kind[Any], value: Any) -> Any:
 
 def reference_page() -> str:
     """The reference page of all settings, in Markdown: a table for each section."""
-    lines = ["# Settings", "", "| setting | kind | default | what it is |", "| --- | --- | --- | --- |"]
-    lines += _rows(Settings, "")
-    return "\n".join(lines) + "\n"
+    head = "| setting | kind | default | changed by | what it is |"
+    return "\n".join(["# Settings", "", head, "| --- | --- | --- | --- | --- |", *_rows(Settings, "")]) + "\n"
 
 
-def _rows(section: type, prefix: str) -> list[str]:
+def _rows(section: type, prefix: str, around: Needs = Needs.RELOAD) -> list[str]:
+    """The rows of one section; `around` is what a change of the section itself needs."""
     rows = []
     for name, option in options(section).items():
-        kind, key = option.kind, prefix + name
+        kind, key, needs = option.kind, prefix + name, max(around, option.needs)
+        default = _default_text(section, name, option)
+        rows.append(f"| `{key}` | {_kind_name(kind)} | {default} | {needs.value} | {option.doc} |")
         if isinstance(kind, ListOf) and not isinstance(kind.item, Kind):
-            rows += [f"| `{key}` | sequence | required | {option.doc} |", *_rows(kind.item, f"{key}[].")]
-        elif isinstance(kind, Kind | ListOf):
-            rows.append(f"| `{key}` | {_kind_name(kind)} | {_default_text(section, name, kind)} | {option.doc} |")
-        else:
-            rows += [f"| `{key}` | section | | {option.doc} |", *_rows(kind, f"{key}.")]
+            rows += _rows(kind.item, f"{key}[].", needs)
+        elif not isinstance(kind, Kind | ListOf):
+            rows += _rows(kind, f"{key}.", needs)
     return rows
 
 
-def _kind_name(kind: Kind[Any] | ListOf) -> str:
+def _kind_name(kind: Kind[Any] | ListOf | type) -> str:
     if isinstance(kind, Kind):
         return kind.name
-    return f"sequence of {kind.item.name}" if isinstance(kind.item, Kind) else "sequence"
-
-
-def _default_text(section: type, name: str, kind: Kind[Any] | ListOf) -> str:
-    if options(section)[name].required:
-        return "required"
     if isinstance(kind, ListOf):
+        return f"sequence of {kind.item.name}" if isinstance(kind.item, Kind) else "sequence"
+    return "section"
+
+
+def _default_text(section: type, name: str, option: Option) -> str:
+    if option.required:
+        return "required"
+    if not isinstance(option.kind, Kind):
         return ""
-    default = default_of(section, name)
-    word = kind.unset if default is None else kind.show(default)
+    word = option.kind.text(default_of(section, name))
     return f"`{word}`" if word else ""

@@ -36,6 +36,10 @@ class Kind(Generic[T]):
     schema: Mapping[str, Any]
     unset: str = ""
 
+    def text(self, value: T | None) -> str | None:
+        """As `show`; None for a None that no word stands for."""
+        return (self.unset or None) if value is None else self.show(value)
+
 
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -44,6 +48,7 @@ _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _DURATION = r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+"
 _SIZE = r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?"
 _RATE = r"(\d+(?:\.\d+)?)/(s|m|h|d)"
+_PERCENT = r"(100(?:\.0+)?|\d{1,2}(?:\.\d+)?)%"
 _HANDLER = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -104,11 +109,27 @@ def parse_rate(text: str) -> float:
 
 def show_rate(rate: float) -> str:
     """The shortest text that parses to `rate` again."""
+    exact = Decimal(repr(rate))
     for unit in ("s", "m", "h", "d"):
-        number = rate * float(_SECONDS[unit])
-        if abs(number - round(number)) < 1e-9:
-            return f"{number:.0f}/{unit}"
-    return f"{rate!r}/s"
+        text = f"{exact * _SECONDS[unit]:.0f}/{unit}"
+        if parse_rate(text) == rate:
+            return text
+    return f"{exact:f}/s"
+
+
+def parse_percent(text: str) -> float:
+    """A fraction from 0 to 1, from `10%` or `2.5%`."""
+    if re.fullmatch(_PERCENT, f"{text}%", re.ASCII):
+        raise ValueError(f"{text!r} has no unit; did you mean {text}%?")
+    match = re.fullmatch(_PERCENT, text, re.ASCII)
+    if match is None:
+        raise ValueError(f"{text!r} is not a percentage; write 0% to 100%, as in 10%")
+    return float(Decimal(match[1]) / 100)
+
+
+def show_percent(fraction: float) -> str:
+    """The text that parses to `fraction` again."""
+    return f"{(Decimal(repr(fraction)) * 100).normalize():f}%"
 
 
 def parse_boolean(text: str) -> bool:
@@ -145,9 +166,13 @@ def _text(text: str) -> str:
 def _path(text: str) -> Path:
     """An absolute path. A relative one is relative to where forkd was started."""
     try:
-        return Path(_text(text)).expanduser().absolute()
+        path = Path(_text(text)).expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{text!r}: there is no such user's home directory") from None
+    except FileNotFoundError:
+        raise ValueError(f"{text!r} is relative to the current directory, which is gone") from None
+    _text(str(path))  # what the home or the current directory brought in is shown and read again with the rest
+    return path
 
 
 def integer(minimum: int, maximum: int) -> Kind[int]:
@@ -202,6 +227,7 @@ SIZE = Kind(
     {"anyOf": [{"type": "string", "pattern": f"^{_SIZE}$"}, {"type": "integer", "minimum": 0}]},
 )
 RATE = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{_RATE}$"})
+PERCENT = Kind("percentage", parse_percent, show_percent, {"type": "string", "pattern": f"^{_PERCENT}$"})
 BOOLEAN = Kind("true or false", parse_boolean, lambda value: str(value).lower(), {"type": "boolean"})
 MODE = Kind(
     "file mode",
