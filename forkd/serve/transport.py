@@ -1,30 +1,24 @@
 """A connection as an `asyncio.Transport`, served by the poll loop without asyncio's generic path.
 
 It keeps asyncio's contract: code written for asyncio's own socket transport does not notice the difference. What is on
-the path of every request (`_data_ready` here and `write` in `sending`) is written for speed: one look-up, one recv, one
-call of the handler, one send. Everything rarer is elsewhere.
+the path of every request (`_data_ready` in `receiving` and `write` in `sending`) is written for speed: one look-up, one
+recv, one call of the handler, one send. Everything rarer is elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 from asyncio import constants, trsock
 from contextvars import copy_context
 from typing import Any
 
-from forkd.serve.loop import ERR, IN, OUT, PollLoop
-from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper, SendingHalf
-
-#: Bytes of one read at most.
-READ_SIZE = 64 * 1024
-
-_RESET = errno.ECONNRESET, os.strerror(errno.ECONNRESET)
+from forkd.serve.loop import IN, PollLoop
+from forkd.serve.receiving import ReceivingHalf
+from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
 
 
-class Transport(SendingHalf):
+class Transport(ReceivingHalf):
     """One accepted connection.
 
     Args:
@@ -35,7 +29,7 @@ class Transport(SendingHalf):
         keeper: who counts it.
     """
 
-    __slots__ = ("__weakref__", "_deliver", "_paused", "_reader", "_recv", "_sockname")
+    __slots__ = ("__weakref__", "_sockname")
 
     # For loop.start_tls and loop.sendfile, which ask a transport what it can do.
     _start_tls_compatible = True
@@ -66,8 +60,6 @@ class Transport(SendingHalf):
         # As with asyncio's transport, a context variable that is set while one connection is served is not seen by
         # others.
         self._context = copy_context()
-        self._deliver: Any  # data_received of the protocol in charge
-        self._reader: Any  # what reads for it
         self.set_protocol(protocol)
 
     def start(self) -> None:
@@ -87,120 +79,6 @@ class Transport(SendingHalf):
                 self._data_ready(IN)
         elif not self._conn_lost:
             self._loop.selector.served[self._fd] = self._mixed_ready
-
-    # Reading
-
-    def _data_ready(self, mask: int) -> None:
-        if mask != IN:
-            self._mixed_ready(mask)
-            return
-        try:
-            data = self._recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self._read_failed(error)
-            return
-        if not data:
-            self._end_of_file()
-            return
-        try:
-            self._context.run(self._deliver, data)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # noqa: BLE001 (the handler's border)
-            self._handler_failed(error, "Fatal error: protocol.data_received() call failed.")
-
-    def _buffer_ready(self, mask: int) -> None:
-        if mask != IN:
-            self._mixed_ready(mask)
-            return
-        protocol: Any = self._protocol
-        try:
-            buffer = self._context.run(protocol.get_buffer, -1)
-            if not len(buffer):
-                raise RuntimeError("get_buffer() returned an empty buffer")  # noqa: TRY301 (asyncio's own error)
-            count = self._sock.recv_into(buffer)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self._read_failed(error)
-            return
-        except BaseException as error:  # noqa: BLE001 (the handler's border: its buffer may be of no use)
-            self._handler_failed(error, "Fatal error: protocol.get_buffer() call failed.")
-            return
-        if not count:
-            self._end_of_file()
-            return
-        try:
-            self._context.run(protocol.buffer_updated, count)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # noqa: BLE001 (the handler's border)
-            self._handler_failed(error, "Fatal error: protocol.buffer_updated() call failed.")
-
-    def _mixed_ready(self, mask: int) -> None:
-        """Anything but plainly readable: writable, hung up, in error; or not to be read now."""
-        if self._interest & OUT and mask & ~IN:
-            self._flush()
-        if self._interest & IN and mask & ~OUT:
-            # Asked for its error the kernel forgets it, so that reading gives what came before, then the end of file:
-            # a client that resets costs no exception in recv.
-            if mask & ERR and (number := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
-                self._error = (
-                    ConnectionResetError(*_RESET) if number == _RESET[0] else OSError(number, os.strerror(number))
-                )
-            self._reader(IN)
-
-    def _end_of_file(self) -> None:
-        if self._conn_lost:
-            return
-        if self._error is not None:
-            self._read_failed(self._error)
-            return
-        try:
-            keep_open = self._context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # noqa: BLE001 (the handler's border)
-            self._handler_failed(error, "Fatal error: protocol.eof_received() call failed.")
-            return
-        if keep_open:
-            self._watch(self._interest & ~IN)
-        elif self._out or self._closing:
-            self.close()
-        else:  # called from the loop with nothing unsent, so there is nobody to be surprised by it happening at once
-            self._closing = True
-            self._conn_lost += 1
-            self._connection_lost(None)
-
-    def _read_failed(self, error: OSError) -> None:
-        if self._conn_lost:
-            return
-        self._report(error, "Fatal read error on socket transport")
-        self._closing = True
-        self._conn_lost += 1
-        self._connection_lost(error)
-
-    def is_reading(self) -> bool:
-        """Whether data is being received."""
-        return not self._closing and not self._paused
-
-    def pause_reading(self) -> None:
-        """Receives nothing until `resume_reading`; the peer feels it when the kernel's buffer is full."""
-        if self._closing or self._paused:
-            return
-        self._paused = True
-        self._watch(self._interest & ~IN)
-
-    def resume_reading(self) -> None:
-        """Receives again."""
-        if self._closing or not self._paused:
-            return
-        self._paused = False
-        self._watch(self._interest | IN)
 
     # The end
 
