@@ -113,7 +113,7 @@ class Kit:
         self.reported: list[dict[str, Any]] = []
         self.keeper = Keeper()
         self.loop.on_error = self.keeper.failed
-        self._transports: list[Any] = []
+        self.transports: list[Any] = []
         self._sockets: list[socket.socket] = []
         self._served: list[socket.socket] = []
         self._waiting: tuple[Callable[[], bool], asyncio.Future[None]] | None = None
@@ -144,11 +144,11 @@ class Kit:
     async def _serve(self, protocol: Any, served: socket.socket) -> Any:
         if self.kind == "forkd":
             transport = Transport(self.loop, served, protocol, served.getpeername(), self.keeper)
-            self._transports.append(transport)
+            self.transports.append(transport)
             transport.start()
         else:
             transport, _ = await self.loop.connect_accepted_socket(lambda: protocol, served)
-            self._transports.append(transport)
+            self.transports.append(transport)
         return transport
 
     def run(self, awaitable: Any) -> Any:
@@ -196,7 +196,7 @@ class Kit:
     def close(self) -> None:
         """Ends everything, and finds that the transports have closed their sockets."""
         try:
-            for transport in self._transports:
+            for transport in self.transports:
                 if transport.get_protocol() is not None:  # asyncio's own can't be aborted when it is over
                     transport.abort()
             self.turn()

@@ -23,7 +23,8 @@ ROWS = [
     ["errors", "signals", "states", "wire"],
     ["config"],
     ["system"],
-    ["builtin", "master", "serve"],
+    ["builtin", "drain"],
+    ["master", "serve"],
     ["app"],
     ["cli"],
 ]
@@ -102,6 +103,12 @@ def test_the_master_loads_neither_asyncio_nor_ssl_nor_a_handler() -> None:
 def test_the_daemons_assembly_loads_no_asyncio_before_a_worker_is_forked() -> None:
     found = loaded("import forkd.app.assembly, forkd.app.start, forkd.app.check")
     assert found & {"asyncio", "ssl"} == set()
+
+
+def test_who_asks_whether_its_worker_drains_need_not_load_asyncio() -> None:
+    found = loaded("import forkd.drain; assert not forkd.drain.draining()")
+    assert "forkd.drain" in found
+    assert "asyncio" not in found
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["--version"], ["stert"]])

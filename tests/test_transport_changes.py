@@ -174,6 +174,19 @@ def test_start_tls_encrypts_in_mid_stream(kit, protocol_class):
     assert protocol.lost == [None]
 
 
+@forkd_only
+def test_a_protocol_under_tls_is_asked_to_end_too(kit):
+    protocol = Recorder(kit)
+    protocol.shutdown = lambda: (protocol.transport.write(b"goodbye"), protocol.transport.close())
+    _, client = upgraded(kit, protocol)
+    with client:
+        kit.transports[0].ask_to_end()
+        assert kit.in_thread(read_exactly, client, 7) == b"goodbye"
+        assert kit.in_thread(client.recv, 1) == b""
+    kit.until(lambda: protocol.lost)
+    assert protocol.lost == [None]
+
+
 @pytest.mark.parametrize("end", ["abort", "close by the client"])
 def test_a_connection_under_tls_ends(kit, end):
     protocol = Recorder(kit)

@@ -13,6 +13,7 @@ from asyncio import constants, trsock
 from contextvars import copy_context
 from typing import Any
 
+from forkd.drain import draining
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.receiving import ReceivingHalf
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
@@ -79,6 +80,9 @@ class Transport(ReceivingHalf):
                 self._data_ready(IN)
         elif not self._conn_lost:
             self._loop.selector.served[self._fd] = self._mixed_ready
+        # Accepted in the very last moment. Asked before it is heard, a protocol would take its client for an idle one.
+        if draining():
+            self.ask_to_end()
 
     # The end
 
@@ -112,6 +116,21 @@ class Transport(ReceivingHalf):
         self._watch(0)
         self._conn_lost += 1
         self._loop.call_soon(self._connection_lost, error)
+
+    def ask_to_end(self) -> None:
+        """Tells the protocol that the worker drains, by its `shutdown()` if it has one; it ends when it suits it."""
+        if self._closing:
+            return
+        try:
+            # Of a connection that has gone over to TLS (loop.start_tls) the handler's protocol is the inner one.
+            protocol = getattr(self._protocol, "_app_protocol", self._protocol)
+            shutdown = getattr(protocol, "shutdown", None)
+            if callable(shutdown):
+                self._context.run(shutdown)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 (the handler's border)
+            self._handler_failed(error, "protocol.shutdown() call failed.")
 
     def _connection_lost(self, error: BaseException | None) -> None:
         selector = self._loop.selector
@@ -184,7 +203,9 @@ class Transport(ReceivingHalf):
             self._loop.selector.served[self._fd] = self._reader
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """What is known of the connection: `peername`, `sockname`, `socket`; `default` for all else."""
+        """What is known of the connection: `peername`, `sockname`, `socket`, and whether its worker is `draining`;
+        `default` for all else.
+        """
         if name == "peername":
             return self._peer
         if name == "sockname":
@@ -196,4 +217,6 @@ class Transport(ReceivingHalf):
             return self._sockname
         if name == "socket":
             return trsock.TransportSocket(self._sock)
+        if name == "draining":
+            return draining()
         return default

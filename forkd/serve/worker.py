@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic_ns
 from typing import Any
 
-from forkd import signals
+from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.errors import HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Tally
@@ -177,8 +177,12 @@ class Worker:
             seconds = self._settings.drain_timeout
         if not self._draining:
             self._draining = True
+            drain.begin()
+            transports = self._transports()  # those that are here; one that comes yet is asked when it is connected
             self._balance.stop()
             self._tally.on_closed = self._one_less
+            for transport in transports:
+                transport.ask_to_end()
             self._show()
         self._loop.call_later(seconds, self.close)
         self._one_less()
