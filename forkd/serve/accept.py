@@ -143,14 +143,31 @@ class Acceptor:
             if error.errno in _EXHAUSTED:
                 self._balance.exhausted(error)
             return
+        self._balance.accepted(self)
+        self._begin(descriptor, peer)
+
+    def _begin(self, descriptor: int, peer: Any) -> None:
         sock = socket.socket(self._family, self._type, self._proto, descriptor)
         sock.setblocking(False)
-        self._balance.accepted(self)
         self._serve(sock, peer)
 
     def try_once(self) -> None:
         """Accepts a client that somebody else was woken for and has not come to take."""
         self.ready(IN)
+
+    def last_call(self, count: Callable[[], None]) -> None:
+        """Leaves the wait queue, then accepts a client that may have woken this worker and nobody else, and would wait
+        for another's heartbeat. One that comes after the leaving wakes another worker.
+        """
+        if not self.queued:
+            return
+        self.leave()
+        try:
+            descriptor, peer = self._accept()
+        except OSError:  # there is nobody, or no means to take one more: then it is for the others
+            return
+        count()
+        self._begin(descriptor, peer)
 
 
 class Balance:
@@ -179,13 +196,17 @@ class Balance:
         self._come_back()
 
     def stop(self) -> None:
-        """Takes no more clients, and closes this process's copies of the listeners."""
+        """Takes no more clients but one that this worker alone may know of, and closes this process's copies of the
+        listeners. That one is counted when this returns.
+        """
         self._tally.set_accepting(False)
         self._tally.on_closed = None
         self._cancel()
-        for acceptor in self._acceptors:
+        acceptors, self._acceptors = self._acceptors, ()
+        for acceptor in acceptors:
+            acceptor.last_call(self._tally.opened)
+        for acceptor in acceptors:
             acceptor.close()
-        self._acceptors = ()
 
     def accepted(self, acceptor: Acceptor) -> None:
         """Counts a client that was accepted; lets another worker have the next one."""
@@ -222,6 +243,9 @@ class Balance:
         return is_fair(self._tally.active, self._least())
 
     def _step_out(self, seconds: float) -> None:
+        # No last call here: it would be one client more for a worker that is ahead, and each would end in another step
+        # out, so that a crowd would be served by this worker to the last. It is hardly needed either: for a client that
+        # comes while this worker is at work the kernel wakes the next one, and who is behind is in the queue.
         for acceptor in self._acceptors:
             acceptor.leave()
         self._tally.on_closed = self._look_again
