@@ -218,14 +218,20 @@ class Changes:
     def failed(self, number: int, error: BootError) -> None:
         """A worker of this generation could not boot, or has died."""
         if self.current is not None and self.current.number == number:
-            self.fail(str(error), error.details)
+            self.fail(str(error), error.details, logged=True)
 
-    def fail(self, reason: str, details: str = "") -> None:
-        """Ends the change that is under way; the generation that serves goes on untouched."""
+    def fail(self, reason: str, details: str = "", *, logged: bool = False) -> None:
+        """Ends the change that is under way; the generation that serves goes on untouched.
+
+        Args:
+            reason: a sentence.
+            details: the lines that belong below it.
+            logged: whether those stand in the log already.
+        """
         change = self.current
         if change is None:
             return
-        below = f"\n{details.rstrip()}" if details else ""
+        below = f"\n{details.rstrip()}" if details and not logged else ""
         log.error("%s: failed, and nothing has changed: %s%s", change.verb, reason, below)
         for bound in change.fresh.values():
             bound.remove()
