@@ -70,7 +70,7 @@ class Master:
         notifier = Notifier(os.environ)
         self.state = State(generation, wanted, board, control, errands, place, self._crew, notifier)
         self._selector = selector
-        self._logbook = Logbook(errands.log_file)
+        self._logbook = Logbook(errands.log_target)
         self._changes = Changes(self.state, self._logbook)
         self._requests = Requests(self)
         self._wakeup = Wakeup()
