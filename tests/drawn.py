@@ -1,0 +1,103 @@
+"""Any settings that a daemon may have, drawn from the declarations, with texts that are easily taken for more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from forkd.config.address import Address
+from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
+from forkd.config.units import MOST_WORKERS, Kind
+
+ODD = [
+    "[x]",
+    "[",
+    "[]",
+    "{}",
+    "# x",
+    "#",
+    "a: b",
+    "- a",
+    ",",
+    "~",
+    "null",
+    "yes",
+    "unset",
+    "auto",
+    "stderr",
+    "0123",
+    "1%",
+]
+MORE_ODD = ["'", '"', "\\", "&a", "*a", "!x", " ", " x ", "a b", "x mode", "->", "é", "日", "\U0001f600"]
+
+# Nothing here is filtered: hypothesis gives up a test whose inputs are mostly thrown away.
+LETTERS = st.characters(exclude_categories=["C", "Z"])
+TEXTS = st.one_of(st.sampled_from([*ODD, *MORE_ODD]), st.text(LETTERS | st.just(" "), min_size=1, max_size=25))
+PATHS = TEXTS.map(lambda text: Path(f"/{text}"))
+HOSTS = st.one_of(
+    st.sampled_from(["127.0.0.1", "localhost", "::1", "::", "fe80::1%eth0", "#"]),
+    st.ip_addresses().map(str),
+    st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="[]:/@"), min_size=1),
+)
+PORTS = st.one_of(st.just(0), st.integers(0, 65535))
+ADDRESSES = st.one_of(
+    st.builds(lambda host, port: Address("tcp", host=host, port=port), HOSTS, PORTS),
+    st.builds(lambda first, text: Address("unix", path=first + text), st.sampled_from("/@"), TEXTS),
+)
+
+#: The values that each kind can have, by its name; whole numbers and choices say themselves what they can be.
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "whole number or auto": st.integers(1, MOST_WORKERS),
+    "duration": st.floats(0, 1e15),
+    "size": st.integers(0, (1 << 63) - 1),
+    "percentage": st.floats(0, 1),
+    "true or false": st.booleans(),
+    "file mode": st.integers(0, 0o7777),
+    "text": TEXTS,
+    "path": PATHS,
+    "path or stderr": PATHS,
+    "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+    "module:attribute": st.from_regex(
+        r"[a-z_]{1,3}(\.[a-z_]{1,3})?:[A-Z][a-z0-9]{0,3}(\.[a-z_]{1,3})?", fullmatch=True
+    ),
+    "address": ADDRESSES,
+}
+
+
+def values(kind: Kind[Any] | ListOf | type) -> st.SearchStrategy[Any]:
+    if isinstance(kind, ListOf):
+        return LISTENERS if kind.item is Listener else st.lists(values(kind.item), max_size=3).map(tuple)
+    if not isinstance(kind, Kind):
+        return section(kind)
+    if kind.name == "whole number":
+        return st.integers(kind.schema["minimum"], kind.schema["maximum"])
+    return st.sampled_from(kind.schema["enum"]) if "enum" in kind.schema else VALUES[kind.name]
+
+
+def section(declared: type) -> st.SearchStrategy[Any]:
+    """A section with any value for each of its settings, unset ones too."""
+
+    def of(name: str, option: Option) -> st.SearchStrategy[Any]:
+        unset = not option.required and default_of(declared, name) is None
+        return st.none() | values(option.kind) if unset else values(option.kind)
+
+    return st.builds(declared, **{name: of(name, option) for name, option in options(declared).items()})
+
+
+def fitting(listener: Listener) -> Listener:
+    """A listener without the file options where there is no file."""
+    if listener.address.scheme == "unix" and not listener.address.abstract:
+        return listener
+    return replace(listener, mode=None, owner=None, group=None)
+
+
+def of_its_own(listener: Listener) -> object:
+    """What no two listeners of a daemon share: the address, unless it is any free port."""
+    return str(listener.address) if listener.address.scheme == "unix" or listener.address.port else object()
+
+
+LISTENERS = st.lists(section(Listener).map(fitting), min_size=1, max_size=4, unique_by=of_its_own).map(tuple)
+SETTINGS: st.SearchStrategy[Settings] = section(Settings)
