@@ -28,7 +28,7 @@ from forkd.serve.loop import IN, PollLoop
 from forkd.serve.transport import Transport
 from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.logs import set_role
-from forkd.system.process import set_title, signal_when_parent_dies
+from forkd.system.process import dump_stacks_on, set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
 
@@ -59,6 +59,7 @@ class Station:
 
 def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Scoreboard, station: Station) -> int:
     """Runs a worker to its end in a process of its own; the exit status."""
+    dump_stacks_on(signals.DUMP)
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
     if not signal_when_parent_dies(signals.DRAIN, station.master):
