@@ -75,6 +75,7 @@ RENEWALS = [
     ("it boots", pool(RUNNING, 1, [worker(1, Life.BOOTING, worn=WHY)]), [], BOOTED),
     ("it drains", pool(RUNNING, 1, [*serving(1), worker(2, Life.DRAINING, worn=WHY)]), [], NOW - 1.0 + DRAIN + GRACE),
     ("the daemon starts", pool(STARTING, 2, [*worn(1), worker(2, Life.BOOTING)]), [], BOOTED),
+    ("the daemon has just started", pool(STARTING, 1, worn(1)), [], None),
     ("the daemon stops", pool(DRAINING, 1, worn(1)), [Retire(100)], None),
     ("the daemon ends", pool(CLOSING, 1, worn(1)), [Close(100)], None),
     ("a candidate boots", pool(RUNNING, 1, [*worn(1), worker(1, Life.BOOTING, generation=2)],
