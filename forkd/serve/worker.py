@@ -1,12 +1,14 @@
 """A worker: wires listeners, handlers and the poll loop together, serves until told to drain, and ends.
 
 `run_worker` is what a forked child runs. It reports on its channel: ready, or why it could not boot. The master speaks
-to it by signals alone; end of file on the channel means that the master is dead, and then the worker is soon gone too.
+to it by signals, and hands it a new log file on the channel; end of file there means that the master is dead, and then
+the worker is soon gone too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -27,7 +29,7 @@ from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.transport import Transport
 from forkd.system.channel import Channel, ChannelClosed
-from forkd.system.logs import set_role
+from forkd.system.logs import replace_log, set_role
 from forkd.system.process import set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
@@ -37,6 +39,8 @@ log = logging.getLogger("forkd.worker")
 #: Exit statuses of a worker.
 DONE = 0
 COULD_NOT_BOOT = 3
+
+_STDERR = 2
 
 #: Seconds that connections have to end when the master is dead: a new master will want the port and the memory. A loop
 #: that stands still does not count them, so an alarm ends the process a little later.
@@ -63,6 +67,9 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     set_title(settings.name, f"worker {station.slot} (booting)")
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
+    # In C, where it works while a handler holds up the loop, or an import never ends; to standard error's number, since
+    # a handler may have replaced the file.
+    faulthandler.register(signals.DUMP, file=_STDERR, all_threads=True)
     handlers = []
     for handler in import_handlers(settings):
         if isinstance(handler, HandlerError):
@@ -160,14 +167,19 @@ class Worker:
             signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
 
     def _channel_ready(self, mask: int) -> None:
+        channel = self._station.channel
         try:
-            self._station.channel.receive()
+            messages = channel.receive()
         except ChannelClosed:
-            self._loop.selector.epoll.unregister(self._station.channel.fileno())
+            self._loop.selector.epoll.unregister(channel.fileno())
             if not self._draining:
                 log.error("the master is gone; ends within %.0f s", ORPHANED)
             signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
             self.drain(ORPHANED)
+            return
+        for message in messages:
+            if message.get("order") == "log":
+                replace_log(channel.descriptors.pop(0))
 
     def drain(self, seconds: float | None = None) -> None:
         """Takes no more clients; ends when those that are here have gone, or when their time is up."""
