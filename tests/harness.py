@@ -68,6 +68,8 @@ class Daemon:
         self.options += [] if workers is None else [f"--workers={workers}"]
         for setting in (f"log.to={self.log}", f"python_path=[{HANDLERS}, {directory}]", *settings):
             self.options += ["--set", setting]
+        self.prefix: list[str] = []  # of the command, for `run`: what it is run by
+        self.environment: dict[str, str] | None = None  # for `run`; None: this process's own
         self.process: subprocess.Popen[bytes] | None = None  # of `run`
         self.terminal = directory / f"{name}.stderr"
         self.expected: list[str] = []
@@ -90,10 +92,15 @@ class Daemon:
 
     def run(self) -> Daemon:
         """Starts it in the foreground, in a process group of its own, and waits until it is up."""
-        command = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
+        forkd = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
         with self.terminal.open("wb") as stderr:
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=self.directory, stderr=stderr, stdin=subprocess.DEVNULL, process_group=0
+                [*self.prefix, *map(str, forkd)],
+                cwd=self.directory,
+                env=self.environment,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
             )
         eventually(lambda: self._is_up() or self._gone(), what="the daemon's start")
         assert not self._gone(), self.terminal.read_text()

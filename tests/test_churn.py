@@ -19,7 +19,7 @@ import pytest
 from clients import at_end, echoes, read, survives
 from crowd import GREETING, Crowd, Score
 from harness import Daemon, Harness
-from processes import descendants, eventually, parent_of, resident, wait_end
+from processes import children, eventually, resident, wait_end
 
 from forkd.states import Life
 
@@ -65,11 +65,6 @@ def unchanged(daemon: Daemon, count: int) -> Iterator[int]:
     assert after == before
     assert os.readlink(f"/proc/{master}/fd/0") == os.devnull
     assert grown < 2 * MIB
-
-
-def children(master: int) -> dict[int, str]:
-    """The master's own, with their state letters."""
-    return {pid: state for pid, state in descendants(master).items() if parent_of(pid) == master}
 
 
 def show(score: Score) -> None:
