@@ -70,6 +70,7 @@ class Daemon:
         self.options += [] if workers is None else [f"--workers={workers}"]
         for setting in (f"log.to={self.log}", f"python_path=[{HANDLERS}, {directory}]", *settings):
             self.options += ["--set", setting]
+        self.prefix: list[str] = []  # of the command, for `run`: what it is run by
         self.environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None  # of `run`
         self.terminal = directory / f"{name}.stderr"
@@ -96,7 +97,7 @@ class Daemon:
         command = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
         with self.terminal.open("wb") as stderr:
             self.process = subprocess.Popen(
-                list(map(str, command)),
+                [*self.prefix, *map(str, command)],
                 cwd=self.directory,
                 env=self.environment,
                 stderr=stderr,

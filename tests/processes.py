@@ -52,6 +52,11 @@ def descendants(of: int) -> dict[int, str]:
     return found
 
 
+def children(of: int) -> dict[int, str]:
+    """A process's own, with their state letters."""
+    return {pid: state for pid, state in descendants(of).items() if parent_of(pid) == of}
+
+
 def alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     stat = stat_of(pid)

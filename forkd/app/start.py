@@ -133,6 +133,9 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
             stdout=stream,
             stderr=stream,
         ):
+            # It has opened standard input anew, which Python then keeps from every program that is run, and so from the
+            # next image of the master: there the first descriptor opened, whatever it is, would stand in for it.
+            os.set_inheritable(0, True)
             start_logging(settings.name, settings.log.level, settings.log.form, descriptor)
             daemon = Daemon(
                 held,

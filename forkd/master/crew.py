@@ -118,7 +118,8 @@ class Crew:
 
     def tell(self, worker: Worker, turn: Turn, signum: signal.Signals, why: str = "") -> None:
         """Signals a worker, which begins another life by that."""
-        worker.cause = worker.cause or why
+        if why:
+            worker.cause = f"{worker.cause}; {why}" if worker.cause else why
         if turn is Turn.KILL:
             worker.killed_as = worker.killed_as or worker.life
         self._live(worker, turn)

@@ -106,6 +106,8 @@ class Worker:
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
         self._draining = False
         self._ended = False
+        # Often enough that one heartbeat which is late, or falls just behind the master's look, is no stall.
+        self._beat_every = min(BEAT, settings.stall_timeout / 3) if settings.stall_timeout else BEAT
         self._next_beat = loop.time()
         self._title = ""
 
@@ -137,13 +139,13 @@ class Worker:
         return ProtocolServer(self._loop, factory, self._tally, bound.listener.limits.write_buffer)
 
     def _beat(self) -> None:
-        """Once a heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
+        """At each heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
         now, row = self._loop.time(), self._station.row
         row[Field.HEARTBEAT] = monotonic_ns()
         row[Field.LAG] = max(0, int((now - self._next_beat) * 1e9))
         self._show()
         self._balance.beat()
-        self._next_beat = now + BEAT
+        self._next_beat = now + self._beat_every
         self._loop.call_at(self._next_beat, self._beat)
 
     def _show(self) -> None:

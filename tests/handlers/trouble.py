@@ -1,0 +1,44 @@
+"""An echo that makes trouble of the kind that a client orders."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from typing import NoReturn
+
+from teller import Teller
+
+MIB = 1 << 20
+
+
+def spin_for_ever() -> NoReturn:
+    """Keeps the interpreter busy."""
+    while True:
+        pass
+
+
+def block_for_ever() -> None:
+    """Waits in C."""
+    time.sleep(1e6)
+
+
+def devour_memory() -> None:
+    """Takes 512 MiB, or as much of it as there is, and uses it."""
+    _taken = [b"x" * MIB for _ in range(512)]
+
+
+def leave_orphan() -> None:
+    """Leaves a process behind whose parent is gone; it ends when somebody opens the named pipe `gate` and closes it."""
+    subprocess.run("cat gate &", shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)  # noqa: S602
+
+
+ORDERS = {b"spin": spin_for_ever, b"block": block_for_ever, b"devour": devour_memory, b"orphan": leave_orphan}
+
+
+class Trouble(Teller):
+    """Says its pid, then echoes; what is an order it carries out first."""
+
+    def data_received(self, data: bytes) -> None:
+        if data in ORDERS:
+            ORDERS[data]()
+        super().data_received(data)

@@ -1,0 +1,182 @@
+"""A daemon that changes while fifty clients come and go without pause: reloads, upgrades, killed workers, scaling.
+
+Nobody is refused, cut off or told wrong bytes but those whose worker was killed; and after all of it the master is what
+it was: as many descriptors, as much memory, no dead children, the same pid. Each has a short form, and a long one for
+`make soak`, which prints its figures.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clients import at_end, echoes, read, survives
+from crowd import GREETING, Crowd, Score
+from harness import Daemon, Harness
+from processes import children, eventually, resident, wait_end
+
+from forkd.states import Life
+
+MIB = 1 << 20
+
+
+def either(short: int, full: int) -> pytest.MarkDecorator:
+    """The test with the count for every run, and with the one for the long run."""
+    soak = pytest.param(full, marks=[pytest.mark.soak, pytest.mark.timeout(900)])
+    return pytest.mark.parametrize("count", [short, soak])
+
+
+def start(harness: Harness, workers: int = 2, *settings: str) -> Daemon:
+    return harness.daemon(target="teller:Teller", workers=workers, settings=("drain_timeout=15m", *settings)).start()
+
+
+def guests(harness: Harness, daemon: Daemon, count: int = 4) -> list[Any]:
+    """Clients that have come to stay."""
+    clients = [harness.connect(daemon) for _ in range(count)]
+    assert all(len(read(client, GREETING)) == GREETING for client in clients)
+    return clients
+
+
+def descriptors(daemon: Daemon, master: int) -> int:
+    """How many the master has when nobody asks it anything: when its control socket has none but the listening one."""
+    path = f"{daemon.run_directory}/control.sock\n"
+    eventually(lambda: Path("/proc/net/unix").read_text().count(path) == 1, what="the end of all control clients")
+    return len(os.listdir(f"/proc/{master}/fd"))
+
+
+@contextmanager
+def unchanged(daemon: Daemon, count: int) -> Iterator[int]:
+    """Checks that the master is after it all what it was before; its pid."""
+    master = daemon.pid
+    before, memory = descriptors(daemon, master), resident(master)
+    yield master
+    assert daemon.pid == master
+    assert daemon.status()["state"] == "running"
+    eventually(lambda: not daemon.workers(Life.DRAINING.value), what="the end of those that drain")
+    eventually(lambda: "Z" not in children(master).values(), what="the burial of the dead")
+    after, grown = descriptors(daemon, master), resident(master) - memory
+    print(f"{count} times: descriptors {before} before, {after} after; {memory / MIB:.2f} MiB, {grown / MIB:+.2f}")
+    assert after == before
+    assert os.readlink(f"/proc/{master}/fd/0") == os.devnull
+    assert grown < 2 * MIB
+
+
+def show(score: Score) -> None:
+    refused, reset, wrong, stuck = score.losses
+    print(f"{score.whole.total()} whole; refused {refused}, reset {reset}, wrong {wrong}, stuck {stuck}")
+
+
+def change(daemon: Daemon, signum: signal.Signals, number: int) -> None:
+    """Has the daemon change to its generation of this number."""
+    daemon.signal(signum)
+    # Not asked on the control socket: an upgrade cuts off who asks just then.
+    daemon.wait_log(f"reload: done, generation {number} serves")
+
+
+@either(5, 100)
+def test_no_client_is_hurt_by_reloads_in_a_row(harness: Harness, count: int) -> None:
+    daemon = start(harness)
+    with unchanged(daemon, count):
+        staying = guests(harness, daemon)
+        with Crowd(daemon.address) as crowd:
+            for number in range(2, count + 2):
+                change(daemon, signal.SIGHUP, number)
+                assert all(echoes(client) for client in staying)
+        for client in staying:
+            client.close()
+    show(crowd.score)
+    assert crowd.score.losses == (0, 0, 0, 0)
+    assert len(crowd.score.whole) > count, "not every generation has served"
+
+
+@either(3, 20)
+def test_no_client_is_hurt_by_upgrades_in_a_row(harness: Harness, count: int) -> None:
+    daemon = start(harness)
+    with unchanged(daemon, count):
+        staying = guests(harness, daemon)
+        with Crowd(daemon.address) as crowd:
+            for number in range(2, count + 2):
+                change(daemon, signal.SIGUSR2, number)
+                assert all(echoes(client) for client in staying)
+        for client in staying:
+            client.close()
+    show(crowd.score)
+    assert crowd.score.losses == (0, 0, 0, 0)
+
+
+@either(5, 50)
+def test_no_client_is_hurt_by_more_and_fewer_workers(harness: Harness, count: int) -> None:
+    daemon = start(harness)
+    with unchanged(daemon, count):
+        staying = guests(harness, daemon)
+        with Crowd(daemon.address) as crowd:
+            for turn in range(count):
+                wanted = 2 if turn == count - 1 else random.choice([1, 3, 4, 5])
+                assert daemon.command("scale", wanted).returncode == 0
+                assert len(daemon.workers()) == wanted
+                assert all(echoes(client) for client in staying)
+        for client in staying:
+            client.close()
+    show(crowd.score)
+    assert crowd.score.losses == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "workers"), [(10, 8), pytest.param(200, 32, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
+)
+def test_killed_workers_take_their_own_clients_along_and_no_others(harness: Harness, count: int, workers: int) -> None:
+    daemon = start(harness, workers)
+    daemon.expect("worker .* killed by SIGKILL")
+    with unchanged(daemon, count):
+        staying = {client: int(read(client, GREETING)) for client in (harness.connect(daemon) for _ in range(workers))}
+        with Crowd(daemon.address) as crowd:
+            killed = dict(kill_one(daemon) for _ in range(count))
+        eventually(lambda: len(daemon.workers()) == workers, 60, what="all workers serving")
+    show(crowd.score)
+    refused, reset, wrong, stuck = crowd.score.losses
+    assert (refused, wrong, stuck) == (0, 0, 0)
+    assert {*crowd.score.reset} <= {*killed, 0}
+    # One more for each that was killed between its accept and the counting of it.
+    assert reset <= sum(killed.values()) + count
+    hurt = {pid for client, pid in staying.items() if not survives(client)}
+    assert hurt == {*killed} & {*staying.values()}
+    assert hurt, "nobody was there to be hurt"
+
+
+def kill_one(daemon: Daemon) -> tuple[int, int]:
+    """Kills a worker; its pid, and how many clients it had. Where many in a row die in one slot, the next one waits;
+    somebody is there nevertheless.
+    """
+    eventually(lambda: len(daemon.workers()) > 1, what="two workers serving")
+    victim = random.choice([*daemon.workers().values()])
+    os.kill(victim, signal.SIGKILL)
+    wait_end(victim)
+
+    def buried() -> dict[str, Any] | None:
+        return next((death for death in daemon.status()["deaths"] if death["pid"] == victim), None)
+
+    death = eventually(buried, what="its certificate")
+    assert death is not None
+    return victim, death["clients"]
+
+
+def test_a_reload_leaves_open_connections_until_the_time_to_drain_is_over(harness: Harness) -> None:
+    daemon = start(harness, 2, "drain_timeout=2s")
+    staying, leaving = guests(harness, daemon, 2)
+    former = {*daemon.workers().values()}
+    change(daemon, signal.SIGHUP, 2)
+    assert echoes(staying)
+    assert echoes(leaving)
+    leaving.close()
+    assert at_end(staying)
+    daemon.wait_log("closes what is open: 1")
+    daemon.wait_workers(2, without=former)
+    for pid in former:
+        wait_end(pid)
+    assert all(death["expected"] for death in daemon.status()["deaths"])

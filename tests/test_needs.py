@@ -1,0 +1,22 @@
+"""The tests' own helper that skips what a machine can't do, and fails in CI instead."""
+
+from __future__ import annotations
+
+import pytest
+from needs import needs_program
+
+
+def test_what_is_there_is_no_reason_to_skip() -> None:
+    needs_program("sh")
+
+
+def test_what_is_not_there_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="needs the program nobody-has-this"):
+        needs_program("nobody-has-this")
+
+
+def test_what_is_not_there_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="CI has to have the program nobody-has-this"):
+        needs_program("nobody-has-this")
