@@ -116,6 +116,7 @@ class Changes:
     def _begin(self, change: Change) -> None:
         self.current = change
         change.number = 1 + max(self._state.generation.number, *(w.generation for w in self._crew.workers.values()), 0)
+        self._crew.slots.pop(change.number, None)  # a generation that failed may have had the same number
         if change.verb != DIFF:
             log.info("%s: begins", change.verb)
         self._help(change)
