@@ -116,6 +116,7 @@ class Changes:
     def _begin(self, change: Change) -> None:
         self.current = change
         change.number = 1 + max(self._state.generation.number, *(w.generation for w in self._crew.workers.values()), 0)
+        self._crew.slots.pop(change.number, None)  # a generation that failed may have had the same number
         if change.verb != DIFF:
             log.info("%s: begins", change.verb)
         self._help(change)
@@ -170,11 +171,12 @@ class Changes:
 
     def _upgrade(self, change: Change) -> None:
         log.info("upgrade: the new code can start; goes over to it")
-        self._state.notifier.send(
-            "WATCHDOG=1"
-        )  # it will not hear of us for the time that an interpreter takes to start
+        # The watchdog will not hear of us for the time that an interpreter takes to start.
+        self._state.notifier.send("WATCHDOG=1")
+        # The new image begins with a reload, which is what those who wait have asked for too.
+        replies = change.replies + (self._next.replies if self._next is not None else [])
         try:
-            replace_image(self._state.heritage([reply.fileno() for reply in change.replies if reply.fileno() >= 0]))
+            replace_image(self._state.heritage([reply.fileno() for reply in replies if reply.fileno() >= 0]))
         except ForkdError as error:
             self.fail(str(error))
 

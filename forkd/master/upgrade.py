@@ -36,8 +36,8 @@ def replace_image(heritage: Heritage) -> NoReturn:
     Raises:
         ForkdError: that can't be done; then nothing has changed.
     """
-    directory = os.getcwd()
     try:
+        directory = os.getcwd()  # it may have been removed
         descriptor = heritage.write()
     except OSError as error:
         raise ForkdError(f"can't hand over the state: {error.strerror}") from None
