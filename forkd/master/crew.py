@@ -118,9 +118,10 @@ class Crew:
 
     def tell(self, worker: Worker, turn: Turn, signum: signal.Signals, why: str = "") -> None:
         """Signals a worker, which begins another life by that."""
-        worker.cause = worker.cause or why
         if turn is Turn.KILL:
             worker.killed_as = worker.killed_as or worker.life
+            worker.cause = why  # why it had been told to end before is not what it dies of
+        worker.cause = worker.cause or why
         self._live(worker, turn)
         self._spawner.signal(worker, signum)
 
