@@ -170,8 +170,10 @@ class Changes:
 
     def _upgrade(self, change: Change) -> None:
         log.info("upgrade: the new code can start; goes over to it")
+        # Whatever was asked for meanwhile is done by it too: code and settings are yet to be read.
+        replies = change.replies + (self._next.replies if self._next is not None else [])
         try:
-            replace_image(self._state.heritage([reply.fileno() for reply in change.replies if reply.fileno() >= 0]))
+            replace_image(self._state.heritage([reply.fileno() for reply in replies if reply.fileno() >= 0]))
         except ForkdError as error:
             self.fail(str(error))
 
