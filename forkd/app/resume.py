@@ -4,11 +4,13 @@ it could.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
 
+from forkd import signals
 from forkd.app.assembly import Daemon, Held, enter_directory, preload, run_directory
 from forkd.app.check import check_addresses
 from forkd.app.prepare import check_reloadable
@@ -42,6 +44,7 @@ def resume(state: str, reread: Callable[[], Settings]) -> None:
 
 def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     """All that could go wrong later, changing nothing."""
+    faulthandler.register(signals.DUMP, all_threads=True)  # the master's, before it loses patience
     from forkd.serve.worker import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
 
     settings = reread()
