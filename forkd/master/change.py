@@ -128,7 +128,7 @@ class Changes:
         def main(row: Row, channel: Channel) -> int:
             signal_when_parent_dies(signals.KILL, pid)  # it has copies of the listeners, and may hang
             if change.verb == UPGRADE:
-                return try_image(state.heritage([]))
+                return _try_image(state, channel)
             return state.errands.prepare(state.generation, change.verb, channel)
 
         self._crew.spawn(HELPER, change.number, main)
@@ -260,6 +260,15 @@ class Changes:
             self.current = None
         for reply in change.replies:
             reply(outcome)
+
+
+def _try_image(state: State, channel: Channel) -> int:
+    """In a helper: tries the code that is there now, or tells why that can't be; its exit status."""
+    try:
+        return try_image(state.heritage([]))
+    except ForkdError as error:
+        channel.send({"event": "failed", "reason": str(error)})
+        return 1
 
 
 def _reason(worker: Worker, ended: Exit, found: Message) -> tuple[str, str]:
