@@ -49,7 +49,7 @@ KILL = Signals.SIGKILL
 DUMP = Signals.SIGRTMIN  # write the stacks of all threads to standard error
 
 #: Signals that are the master's business alone and that reach a worker when a terminal or an operator sends them to the
-#: whole process group.
+#: whole process group; and DUMP, whose default is to end the process, until the worker has its handler for it.
 WORKER_IGNORES = (
     Signals.SIGINT,
     Signals.SIGHUP,

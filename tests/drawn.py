@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from forkd.config.address import LONGEST_PATH, Address
+from forkd.config.address import Address
 from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
 from forkd.config.units import MOST_WORKERS, Kind
 
@@ -33,19 +33,19 @@ ODD = [
 ]
 MORE_ODD = ["'", '"', "\\", "&a", "*a", "!x", " ", " x ", "a b", "x mode", "->", "é", "日", "\U0001f600"]
 
-TEXTS = st.one_of(st.sampled_from([*ODD, *MORE_ODD]), st.text(min_size=1).filter(str.isprintable))
+# Nothing here is filtered: hypothesis gives up a test whose inputs are mostly thrown away.
+LETTERS = st.characters(exclude_categories=["C", "Z"])
+TEXTS = st.one_of(st.sampled_from([*ODD, *MORE_ODD]), st.text(LETTERS | st.just(" "), min_size=1, max_size=25))
 PATHS = TEXTS.map(lambda text: Path(f"/{text}"))
 HOSTS = st.one_of(
     st.sampled_from(["127.0.0.1", "localhost", "::1", "::", "fe80::1%eth0", "#"]),
     st.ip_addresses().map(str),
-    st.from_regex(r"[^\[\]:/@\s]+", fullmatch=True).filter(str.isprintable),
+    st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="[]:/@"), min_size=1),
 )
 PORTS = st.one_of(st.just(0), st.integers(0, 65535))
 ADDRESSES = st.one_of(
     st.builds(lambda host, port: Address("tcp", host=host, port=port), HOSTS, PORTS),
-    st.builds(lambda first, text: Address("unix", path=first + text), st.sampled_from("/@"), TEXTS).filter(
-        lambda address: len(address.path.encode()) <= LONGEST_PATH
-    ),
+    st.builds(lambda first, text: Address("unix", path=first + text), st.sampled_from("/@"), TEXTS),
 )
 
 #: The values that each kind can have, by its name; whole numbers and choices say themselves what they can be.

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Daemon:
         workers: how many.
         listen: its addresses; none where the file has them.
         settings: further ones, `KEY=VALUE`.
+        environment: variables that `run` has beside this process's.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Daemon:
         workers: int | None = 2,
         listen: tuple[str, ...] = ("tcp://127.0.0.1:0",),
         settings: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
         self.name = name
@@ -69,7 +71,7 @@ class Daemon:
         for setting in (f"log.to={self.log}", f"python_path=[{HANDLERS}, {directory}]", *settings):
             self.options += ["--set", setting]
         self.prefix: list[str] = []  # of the command, for `run`: what it is run by
-        self.environment: dict[str, str] | None = None  # for `run`; None: this process's own
+        self.environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None  # of `run`
         self.terminal = directory / f"{name}.stderr"
         self.expected: list[str] = []
@@ -90,18 +92,23 @@ class Daemon:
         assert result.returncode == 0, result.stderr
         return self
 
-    def run(self) -> Daemon:
-        """Starts it in the foreground, in a process group of its own, and waits until it is up."""
-        forkd = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
+    def begin(self) -> Daemon:
+        """Starts it in the foreground, in a process group of its own."""
+        command = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
         with self.terminal.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*self.prefix, *map(str, forkd)],
+                [*self.prefix, *map(str, command)],
                 cwd=self.directory,
                 env=self.environment,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 process_group=0,
             )
+        return self
+
+    def run(self) -> Daemon:
+        """Starts it in the foreground, and waits until it is up."""
+        self.begin()
         eventually(lambda: self._is_up() or self._gone(), what="the daemon's start")
         assert not self._gone(), self.terminal.read_text()
         return self

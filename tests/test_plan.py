@@ -1,45 +1,51 @@
 """The policy for workers, rule by rule: for each a pool, and what the plan says to it.
 
-A table's row is a state of the pool, the actions that it calls for now, and when the plan wants to be asked again. What
-the rules come to when hours pass is in `test_plan_weeks`.
+A table's row is a state of the pool, the actions that it calls for now, and when the plan wants to be asked again. How
+generations give way to each other is in `test_plan_generations`, what the rules come to when hours pass in
+`test_plan_weeks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pools import (
+    BOOT,
+    CLOSING,
+    DRAIN,
+    DRAINING,
+    NOW,
+    OVER,
+    RUNNING,
+    STALL,
+    STARTING,
+    planned,
+    pool,
+    serving,
+    worker,
+)
 
-from forkd.master.backoff import BACKOFF, HEALTHY, JITTER, LONGEST_BACKOFF, Slot, after_death, after_fork_failed
-from forkd.master.plan import ATTEMPTS, GRACE, Action, Close, GiveUp, Kill, Pool, Retire, Spawn, WorkerView, make_plan
+from forkd.master.backoff import Slot
+from forkd.master.plan import (
+    ATTEMPTS,
+    GRACE,
+    STACKS,
+    Action,
+    Candidate,
+    Close,
+    Dump,
+    GiveUp,
+    Kill,
+    Pool,
+    Retire,
+    Spawn,
+    WorkerView,
+    make_plan,
+)
 from forkd.states import Life, Mode
 
-NOW = 5000.0
-BOOT = 60.0
-DRAIN = 30.0
-STARTING, RUNNING, DRAINING, CLOSING, OVER = Mode
 FAILING = Slot(failures=ATTEMPTS, retry_at=NOW + 9.0)
-
-
-def worker(slot: int, life: Life, age: float = 1.0) -> WorkerView:
-    """A worker whose pid is a hundred times its slot."""
-    return WorkerView(100 * slot, slot, life, NOW - age)
-
-
-def pool(mode: Mode, wanted: int, workers: Sequence[WorkerView] = (), slots: Mapping[int, Slot] | None = None) -> Pool:
-    return Pool(mode, wanted, tuple(workers), slots or {}, BOOT, DRAIN)
-
-
-def bare(actions: Sequence[Action]) -> list[Action | int]:
-    """The actions; of a kill the pid alone, since its cause is for people."""
-    return [action.pid if isinstance(action, Kill) else action for action in actions]
-
-
-def serving(*slots: int) -> list[WorkerView]:
-    return [worker(slot, Life.SERVING) for slot in slots]
-
 
 NUMBERS = [
     ("the first workers", pool(STARTING, 3), [Spawn(1), Spawn(2), Spawn(3)], None),
@@ -70,20 +76,9 @@ ENDS = [
     ("all close", pool(CLOSING, 2, [*serving(1), worker(2, Life.BOOTING)]), [Close(100), Close(200)], None),
     ("who drains closes too", pool(CLOSING, 2, [worker(1, Life.DRAINING)]), [Close(100)], None),
     ("who drained too long closes first", pool(CLOSING, 2, [worker(1, Life.DRAINING, 40.0)]), [Close(100)], None),
+    ("who is to be killed closes first", pool(CLOSING, 2, serving(1, age=99.0, dumped=NOW - 2.0)), [Close(100)], None),
     ("killed once is enough", pool(CLOSING, 2, [worker(1, Life.KILLED, 40.0)]), [], None),
     ("no more boot timeout", pool(DRAINING, 1, [worker(1, Life.DRAINING, 31.9)]), [], NOW - 31.9 + DRAIN + GRACE),
-]
-
-KILLS = [
-    ("boots too long", pool(RUNNING, 2, [*serving(1), worker(2, Life.BOOTING, BOOT)]), [200], None),
-    ("boots as long as it may", pool(RUNNING, 2, [*serving(1), worker(2, Life.BOOTING, 59.5)]), [], NOW + 0.5),
-    ("the other is too slow", pool(STARTING, 1, [worker(1, Life.BOOTING, BOOT)]), [100], None),
-    ("drains too long", pool(RUNNING, 1, [*serving(1), worker(2, Life.DRAINING, 32.0)]), [200], None),
-    ("drains as long as it may", pool(RUNNING, 1, [*serving(1), worker(2, Life.DRAINING, 31.5)]), [], NOW + 0.5),
-    ("drains too long at the end", pool(DRAINING, 1, [worker(1, Life.DRAINING, 32.0)]), [100], None),
-    ("closes too long", pool(CLOSING, 1, [worker(1, Life.CLOSING, GRACE)]), [100], None),
-    ("closes as long as it may", pool(CLOSING, 1, [worker(1, Life.CLOSING, 1.5)]), [], NOW + 0.5),
-    ("serves for ever", pool(RUNNING, 1, [worker(1, Life.SERVING, 1e9)]), [], None),
 ]
 
 HOPE = [
@@ -103,17 +98,89 @@ HOPE = [
 ]  # fmt: skip
 
 
+def beating(beat: float, life: Life = Life.SERVING, age: float = 300.0, **more: float) -> WorkerView:
+    """A worker whose loop turned so many seconds ago."""
+    return worker(1, life, age, beat=NOW - beat, **more)
+
+
+STALLS = [
+    ("serves for ever", pool(RUNNING, 1, [worker(1, Life.SERVING, 1e9)]), [], None),
+    ("no timeout, no heartbeat", pool(RUNNING, 1, [beating(1e9)], stall_timeout=0.0), [], None),
+    ("its loop turns", pool(RUNNING, 1, [beating(0.5)], stall_timeout=STALL), [], NOW - 0.5 + STALL),
+    ("no heartbeat yet", pool(RUNNING, 1, [worker(1, Life.SERVING, 1.0)], stall_timeout=STALL), [], NOW - 1.0 + STALL),
+    ("who boots has no loop", pool(RUNNING, 1, [beating(40.0, Life.BOOTING, 40.0)], stall_timeout=STALL), [],
+     NOW - 40.0 + BOOT),
+    ("who closes is about to end", pool(CLOSING, 1, [beating(9.0, Life.CLOSING, 1.0)], stall_timeout=STALL), [],
+     NOW - 1.0 + GRACE),
+    ("who drains has a loop", pool(DRAINING, 1, [beating(1.0, Life.DRAINING, 4.0)], stall_timeout=STALL), [],
+     NOW - 1.0 + STALL),
+    ("its drain deadline comes first", pool(DRAINING, 1, [beating(0.0, Life.DRAINING, 31.0)], stall_timeout=STALL), [],
+     NOW + 1.0),
+    ("it has come round after its dump", pool(RUNNING, 1, [beating(0.1, dumped=NOW - 0.5)], stall_timeout=STALL), [],
+     NOW - 0.1 + STALL),
+    ("it stands still again", pool(RUNNING, 1, [beating(STALL, dumped=NOW - 20.0)], stall_timeout=STALL),
+     ["dump 100"], None),
+    ("it was ready after all", pool(RUNNING, 1, [worker(1, Life.SERVING, 0.5, dumped=NOW - 0.9)]), [], None),
+    ("it retires after its dump", pool(RUNNING, 1, [worker(1, Life.DRAINING, 0.5, dumped=NOW - 0.9)]),
+     [Spawn(1)], NOW - 0.5 + DRAIN + GRACE),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("state", "actions", "deadline"),
-    [pytest.param(*row, id=name.replace(" ", "-")) for name, *row in NUMBERS + ENDS + KILLS + HOPE],
+    [pytest.param(*row, id=name.replace(" ", "-")) for name, *row in NUMBERS + ENDS + HOPE + STALLS],
 )
 def test_a_pool_calls_for_these_actions_and_this_deadline(
-    state: Pool, actions: list[Action | int], deadline: float | None
+    state: Pool, actions: list[Action | str], deadline: float | None
 ) -> None:
-    plan = make_plan(NOW, state)
-    assert bare(plan.actions) == actions
+    found, when = planned(state)
+    assert found == actions
     if GiveUp() not in actions:  # then the mode changes, and the next plan says when
-        assert plan.deadline == deadline
+        assert when == deadline
+
+
+#: The limits of patience: a mode, what a worker is about, and for how many seconds it may be.
+LIMITS = {
+    "boots": (RUNNING, Life.BOOTING, BOOT),
+    "boots at the start": (STARTING, Life.BOOTING, BOOT),
+    "drains": (RUNNING, Life.DRAINING, DRAIN + GRACE),
+    "drains at the end": (DRAINING, Life.DRAINING, DRAIN + GRACE),
+    "closes": (CLOSING, Life.CLOSING, GRACE),
+    "stands still": (RUNNING, Life.SERVING, STALL),
+}
+
+
+@pytest.mark.parametrize(("mode", "life", "seconds"), LIMITS.values(), ids=LIMITS)
+def test_at_each_limit_the_stacks_are_asked_for_and_a_moment_later_the_kill_follows(
+    mode: Mode, life: Life, seconds: float
+) -> None:
+    def at(late: float, dumped: float | None = None) -> tuple[list[Action | str], float | None]:
+        """The plan so many seconds after the limit, when the stacks were asked for so many seconds ago."""
+        late_one = worker(2, life, seconds + late) if dumped is None else worker(2, life, seconds + late, dumped=dumped)
+        stall = STALL if life is Life.SERVING else 0.0
+        others = serving(1, beat=NOW + 100.0) if mode in (STARTING, RUNNING) else []
+        wanted = 1 if life is Life.DRAINING else 2
+        return planned(pool(mode, wanted, [*others, late_one], stall_timeout=stall))
+
+    assert at(late=-0.5) == ([], NOW + 0.5)
+    assert at(late=0.0)[0] == ["dump 200"]
+    assert at(late=0.0, dumped=NOW) == ([], NOW + STACKS)
+    assert at(late=STACKS - 0.25, dumped=NOW - STACKS + 0.25) == ([], NOW + 0.25)
+    assert at(late=STACKS, dumped=NOW - STACKS)[0] == ["kill 200"]
+    assert at(late=99.0, dumped=NOW - 50.0)[0] == ["kill 200"]
+    assert at(late=99.0, dumped=NOW - 150.0)[0] == ["dump 200"], "these stacks were of another time"
+
+
+@pytest.mark.parametrize(("mode", "life", "seconds"), LIMITS.values(), ids=LIMITS)
+def test_what_the_master_slept_through_counts_for_nobody(mode: Mode, life: Life, seconds: float) -> None:
+    for dumped in (-1e9, NOW - 60.0):  # before it fell asleep
+        late = worker(1, life, 1e6, beat=NOW - 1e5, dumped=dumped)
+        state = pool(mode, 1, [late], awake=NOW - 0.5, stall_timeout=STALL if life is Life.SERVING else 0.0)
+        actions, deadline = planned(state)
+        assert [action for action in actions if action != Spawn(1)] == []
+        assert deadline == NOW - 0.5 + seconds
+    later = replace(state, awake=NOW - seconds)
+    assert "dump 100" in planned(later)[0], "it is forgiven for ever"
 
 
 @pytest.mark.parametrize(("mode", "slots"), [(STARTING, {}), (RUNNING, {2: Slot(failures=5, retry_at=NOW - 40.0)})])
@@ -124,11 +191,26 @@ def test_where_one_was_killed_while_it_booted_no_other_comes_before_it_is_reaped
     assert make_plan(NOW, pool(mode, 2, [*serving(1), worker(2, Life.KILLED)], slots)).actions == []
 
 
-def test_every_kill_says_why_in_words_of_its_own() -> None:
-    lives = {Life.BOOTING: RUNNING, Life.DRAINING: RUNNING, Life.CLOSING: CLOSING}
-    plans = [make_plan(NOW, pool(mode, 1, [worker(1, life, 1e6)])) for life, mode in lives.items()]
-    causes = {action.cause for plan in plans for action in plan.actions if isinstance(action, Kill)}
-    assert len(causes) == 3
+def test_a_helper_is_given_the_time_that_a_worker_has_to_boot() -> None:
+    helper = worker(0, Life.BOOTING, BOOT + 5.0, generation=2)
+    here = [*serving(1), helper]
+    assert planned(pool(RUNNING, 1, here, candidate=Candidate(2, 0, BOOT + 6.0))) == ([], NOW + 1.0)
+    assert planned(pool(RUNNING, 1, here, candidate=Candidate(2, 0, BOOT)))[0] == [f"dump {helper.pid}"]
+
+
+def test_every_kill_says_why_in_words_of_its_own_as_does_the_order_for_the_stacks_before_it() -> None:
+    causes = set()
+    for mode, life, _ in LIMITS.values():
+        late = worker(1, life, 1e6)
+        stall = STALL if life is Life.SERVING else 0.0
+        (dump,) = (one for one in make_plan(NOW, pool(mode, 1, [late], stall_timeout=stall)).actions if one != Spawn(1))
+        late = replace(late, dumped=NOW - STACKS)
+        (kill,) = (one for one in make_plan(NOW, pool(mode, 1, [late], stall_timeout=stall)).actions if one != Spawn(1))
+        assert isinstance(dump, Dump)
+        assert isinstance(kill, Kill)
+        assert dump.cause == kill.cause
+        causes.add(kill.cause)
+    assert len(causes) == 4
     assert all(causes)
 
 
@@ -138,44 +220,3 @@ def test_a_plan_leaves_the_pool_that_it_is_made_from_alone() -> None:
     make_plan(NOW, state)
     assert slots == {1: Slot(2, NOW + 1.0)}
     assert state == pool(RUNNING, 3, serving(2), slots)
-
-
-@pytest.mark.parametrize(
-    ("failures", "wait"),
-    [(0, 0.0), (1, 0.25), (2, 0.5), (3, 1.0), (4, 2.0), (7, 16.0), (8, 30.0), (9, 30.0), (5000, 30.0)],
-)
-def test_the_wait_doubles_with_each_failure_in_a_row_up_to_the_longest(failures: int, wait: float) -> None:
-    assert after_death(Slot(failures), Life.SERVING, NOW, 1.0, luck=0.0) == Slot(failures + 1, NOW + wait)
-    assert after_death(Slot(failures), Life.BOOTING, NOW, 0.0, luck=1.0) == Slot(failures + 1, NOW + wait * 1.25)
-
-
-@pytest.mark.parametrize(("served", "failures"), [(HEALTHY, 1), (1e6, 1), (HEALTHY - 0.001, 8), (0.0, 8)])
-def test_a_healthy_life_makes_the_next_failure_the_first(served: float, failures: int) -> None:
-    slot = after_death(Slot(7), Life.SERVING, NOW, served, luck=1.0)
-    assert slot.failures == failures
-    assert (slot.retry_at == NOW) == (failures == 1)
-
-
-@pytest.mark.parametrize("life", [Life.DRAINING, Life.CLOSING])
-def test_an_end_that_was_asked_for_is_no_failure(life: Life) -> None:
-    assert after_death(Slot(4, 17.0), life, NOW, 0.0, luck=0.5) == Slot(4, 17.0)
-
-
-@pytest.mark.parametrize(("failures", "wait"), [(0, 0.25), (1, 0.5), (6, 16.0), (7, 30.0), (5000, 30.0)])
-def test_after_a_fork_that_failed_not_even_the_first_retry_is_at_once(failures: int, wait: float) -> None:
-    assert after_fork_failed(Slot(failures), NOW, luck=0.0) == Slot(failures + 1, NOW + wait)
-    assert after_fork_failed(Slot(failures), NOW, luck=1.0) == Slot(failures + 1, NOW + wait * 1.25)
-
-
-@settings(derandomize=True, deadline=None)
-@given(failures=st.integers(0, 100), luck=st.floats(0, 1), fork=st.booleans())
-def test_a_wait_is_never_shorter_than_the_backoff_nor_longer_than_the_jitter_allows(
-    failures: int, luck: float, fork: bool
-) -> None:
-    slot = (
-        after_fork_failed(Slot(failures), NOW, luck)
-        if fork
-        else after_death(Slot(failures), Life.SERVING, NOW, 0.0, luck)
-    )
-    wait = 0.0 if failures + fork == 0 else min(LONGEST_BACKOFF, BACKOFF * 2 ** (failures + fork - 1))
-    assert wait <= slot.retry_at - NOW <= wait * (1 + JITTER)

@@ -11,14 +11,17 @@ from itertools import cycle
 from math import inf
 
 import pytest
+from fates import LONGER, Fate
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from simulation import BOOT, DRAIN, LONGER, Fate, Simulation
+from simulation import BOOT, DRAIN, Simulation
 
-from forkd.master.plan import GRACE
+from forkd.master.plan import GRACE, STACKS
 from forkd.states import Event, Life, Mode, Turn
 
+STALL = 40.7  # seconds
+STALLS = st.sampled_from([0.0, STALL])
 TIMES = st.sampled_from([0.0, 0.1, 1.0, 9.0, 11.0, 60.0])
 FATES = st.builds(
     Fate,
@@ -28,6 +31,9 @@ FATES = st.builds(
     drains=st.sampled_from([0.0, 0.1, 20.0, 23.0, inf]),
     closes=st.sampled_from([0.0, 1.9, 2.1, inf]),
     luck=st.sampled_from([0.0, 0.5, 1.0]),
+    wears=st.sampled_from([inf, inf, 0.0, 5.0, 3600.0]),
+    stalls=st.sampled_from([inf, inf, inf, 30.0, 9000.0]),
+    stands=st.sampled_from([1.0, STALL - 0.2, STALL + 0.2, STALL + STACKS + 0.2, inf]),
 )
 
 
@@ -36,15 +42,15 @@ class Weeks(RuleBasedStateMachine):
 
     simulation = Simulation(1)
 
-    @initialize(wanted=st.integers(1, 5))
-    def first_start(self, wanted: int) -> None:
-        self.simulation = Simulation(wanted)
+    @initialize(wanted=st.integers(1, 5), stall=STALLS)
+    def first_start(self, wanted: int, stall: float) -> None:
+        self.simulation = Simulation(wanted, stall=stall)
         self.simulation.pass_time(1.0)
 
     @precondition(lambda self: self.simulation.mode is Mode.OVER)
-    @rule(wanted=st.integers(1, 5), fates=st.lists(FATES, max_size=3))
-    def start(self, wanted: int, fates: Sequence[Fate]) -> None:
-        self.simulation = Simulation(wanted, cycle([*fates, Fate()]))
+    @rule(wanted=st.integers(1, 5), fates=st.lists(FATES, max_size=3), stall=STALLS)
+    def start(self, wanted: int, fates: Sequence[Fate], stall: float) -> None:
+        self.simulation = Simulation(wanted, cycle([*fates, Fate()]), stall=stall)
 
     @rule(seconds=st.one_of(TIMES, st.floats(0, 100), st.sampled_from([600.0, 21600.0])))
     def time_passes(self, seconds: float) -> None:
@@ -73,6 +79,19 @@ class Weeks(RuleBasedStateMachine):
         self.simulation.wanted = wanted
         self.simulation.settle()
 
+    @rule(fates=st.lists(FATES, max_size=6), seconds=st.sampled_from([0.0, 0.3, 1.0, 60.0]))
+    def reload(self, fates: Sequence[Fate], seconds: float) -> None:
+        if fates:
+            self.simulation.fates = cycle(fates)
+        self.simulation.reload()
+        self.simulation.pass_time(seconds)
+
+    @rule(seconds=st.one_of(TIMES, st.sampled_from([3600.0, 86400.0])))
+    def machine_sleeps(self, seconds: float) -> None:
+        kills, dumps = self.simulation.kills, self.simulation.dumps
+        self.simulation.oversleep(seconds)
+        assert (self.simulation.kills, self.simulation.dumps) == (kills, dumps)
+
     @rule(event=st.sampled_from([Event.STOP, Event.STOP, Event.QUIT]), seconds=st.sampled_from([0.0, 1.0, 60.0]))
     def stop(self, event: Event, seconds: float) -> None:
         self.simulation.event(event)
@@ -82,7 +101,7 @@ class Weeks(RuleBasedStateMachine):
     def teardown(self) -> None:
         simulation = self.simulation
         simulation.event(Event.STOP)
-        simulation.pass_time(DRAIN + GRACE)
+        simulation.pass_time(DRAIN + GRACE + STACKS)
         assert simulation.mode is Mode.OVER
         assert not simulation.workers
 
@@ -100,7 +119,7 @@ TestWeeks = Weeks.TestCase
 
 
 def test_a_week_of_troubles_passes_and_every_worker_is_there_afterwards() -> None:
-    simulation = Simulation(4)
+    simulation = Simulation(4, stall=STALL)
     simulation.pass_time(1.0)
     simulation.fates = cycle(
         [
@@ -111,10 +130,17 @@ def test_a_week_of_troubles_passes_and_every_worker_is_there_afterwards() -> Non
             Fate(boots=inf),
             Fate(boots=6.0, lives=11.0, luck=0.0),
             Fate(lives=0.0, drains=inf),
+            Fate(wears=7000.0),
+            Fate(stalls=5000.0, stands=300.0),
+            Fate(wears=3.0, stalls=1.0, stands=STALL + 0.2),
         ]
     )
     for hour in range(7 * 24):
         simulation.forks = hour % 50 != 49
+        if hour % 7 == 6:
+            simulation.reload()
+        if hour % 20 == 19:
+            simulation.oversleep(1800.0)
         simulation.wanted = 4 + (hour % 11 == 10) - (hour % 17 == 16)
         simulation.pass_time(3600.0)
     simulation.fates, simulation.forks, simulation.wanted = cycle([Fate()]), True, 4
@@ -122,6 +148,8 @@ def test_a_week_of_troubles_passes_and_every_worker_is_there_afterwards() -> Non
     assert simulation.mode is Mode.RUNNING
     assert simulation.settled()
     assert len(simulation.workers) == 4
+    assert set(simulation.changes) == {"done", "failed"}
+    assert simulation.dumps > simulation.kills > 10
 
 
 def test_a_quiet_week_passes_without_a_single_waking() -> None:
@@ -135,7 +163,7 @@ def test_a_quiet_week_passes_without_a_single_waking() -> None:
 
 @pytest.mark.parametrize(
     ("trouble", "seconds"),
-    [(Fate(fails=True), 0.5), (Fate(lives=0.0), 0.5), (Fate(boots=inf), BOOT)],
+    [(Fate(fails=True), 0.5), (Fate(lives=0.0), 0.5), (Fate(boots=inf), BOOT + STACKS)],
     ids=["fails", "dies", "hangs"],
 )
 def test_at_the_start_the_first_failure_ends_the_daemon_and_nobody_more_is_forked(
@@ -145,7 +173,7 @@ def test_at_the_start_the_first_failure_ends_the_daemon_and_nobody_more_is_forke
     simulation.pass_time(seconds)
     assert simulation.mode is Mode.CLOSING
     assert simulation.forked == 3
-    simulation.pass_time(GRACE)
+    simulation.pass_time(GRACE + STACKS)
     assert simulation.mode is Mode.OVER
 
 
@@ -183,11 +211,11 @@ def test_a_running_daemon_goes_on_for_a_day_while_one_worker_serves() -> None:
 @pytest.mark.parametrize(
     ("events", "seconds"),
     [
-        ([Event.STOP], DRAIN + GRACE),
-        ([Event.QUIT], GRACE),
-        ([Event.STOP, Event.STOP], GRACE),
-        ([Event.STOP, Event.QUIT], GRACE),
-        ([Event.QUIT, Event.STOP], GRACE),
+        ([Event.STOP], DRAIN + GRACE + STACKS),
+        ([Event.QUIT], GRACE + STACKS),
+        ([Event.STOP, Event.STOP], GRACE + STACKS),
+        ([Event.STOP, Event.QUIT], GRACE + STACKS),
+        ([Event.QUIT, Event.STOP], GRACE + STACKS),
     ],
     ids=lambda value: "-".join(event.name.lower() for event in value) if isinstance(value, list) else "",
 )
@@ -202,3 +230,83 @@ def test_everything_that_hangs_is_gone_in_time_after_a_stop(events: list[Event],
     simulation.pass_time(0.1)
     assert not simulation.workers
     assert simulation.mode is Mode.OVER
+    assert simulation.kills == simulation.dumps == 3
+
+
+def test_a_worn_daemon_is_renewed_one_by_one_and_never_serves_with_fewer() -> None:
+    simulation = Simulation(3, cycle([Fate(boots=6.0, wears=600.0)]))
+    simulation.pass_time(6.0)
+    for second in range(3600):
+        simulation.pass_time(1.0)
+        assert len(simulation.here(1, Life.SERVING)) in {3, 4}, second
+        assert len(simulation.here(1)) in {3, 4}
+    assert 3 * 6 <= simulation.forked <= 3 * 7
+    assert simulation.kills == 0
+
+
+def test_a_worn_worker_whose_successors_cannot_boot_serves_on_and_they_are_tried_ever_more_rarely() -> None:
+    simulation = Simulation(1, iter([Fate(wears=20.0), *[Fate(fails=True)] * 10_000]))
+    simulation.pass_time(86400.0)
+    assert simulation.mode is Mode.RUNNING
+    assert [worker.pid for worker in simulation.workers.values() if worker.life is Life.SERVING] == [1]
+    assert 86400 / (30.0 * LONGER + 0.5) < simulation.forked < 86400 / 30.0 + 10
+
+
+@pytest.mark.parametrize(("stands", "killed"), [(STALL - 0.1, False), (STALL + 0.9, False), (STALL + 1.1, True)])
+def test_a_loop_that_stands_still_is_killed_unless_it_comes_round_in_time(stands: float, killed: bool) -> None:
+    simulation = Simulation(1, iter([Fate(stalls=20.0, stands=stands), Fate()]), stall=STALL)
+    simulation.pass_time(20.5 + STALL + STACKS)
+    assert simulation.dumps == (stands > STALL)
+    assert simulation.kills == killed
+    simulation.pass_time(1.0)
+    assert simulation.settled()
+    assert list(simulation.workers) == [1 + killed]
+
+
+@pytest.mark.parametrize(
+    ("fates", "how"),
+    [
+        ([Fate()] * 3, "done"),
+        ([Fate(boots=6.9), Fate(), Fate(boots=3.0)], "done"),
+        ([Fate(), Fate(fails=True), Fate()], "failed"),
+        ([Fate(), Fate(boots=inf), Fate()], "failed"),
+        ([Fate(boots=6.0), Fate(lives=1.0), Fate()], "failed"),
+    ],
+)
+def test_a_change_is_done_or_has_never_been(fates: list[Fate], how: str) -> None:
+    simulation = Simulation(3, iter([*[Fate()] * 3, *fates]))
+    simulation.pass_time(20.0)
+    simulation.reload()
+    for _ in range(100):
+        simulation.pass_time(0.1)
+        assert len(simulation.here(simulation.generation, Life.SERVING)) == 3
+    assert simulation.changes == {how: 1}
+    assert list(simulation.workers) == ([4, 5, 6] if how == "done" else [1, 2, 3])
+
+
+def test_a_change_of_a_daemon_where_nobody_serves_is_its_last_hope() -> None:
+    simulation = Simulation(2)
+    simulation.pass_time(20.0)
+    simulation.fates = cycle([Fate(fails=True)])
+    for worker in list(simulation.workers.values()):
+        simulation.live(worker, Turn.EXIT)
+    simulation.pass_time(60.0)
+    simulation.fates = cycle([Fate(boots=6.0)])
+    assert simulation.mode is Mode.RUNNING
+    simulation.reload()
+    simulation.fates = cycle([Fate(fails=True)])
+    simulation.pass_time(6.0)
+    assert simulation.settled()
+    assert simulation.generation == 2
+
+
+def test_a_reload_goes_on_when_the_number_of_workers_changes_meanwhile() -> None:
+    simulation = Simulation(3, cycle([Fate(boots=3.0)]))
+    simulation.pass_time(20.0)
+    for wanted in (2, 4, 3, 1, 2):
+        simulation.reload()
+        simulation.pass_time(1.0)
+        simulation.wanted = wanted
+        simulation.pass_time(6.0)
+        assert simulation.settled()
+    assert simulation.changes == {"done": 5}

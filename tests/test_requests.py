@@ -1,62 +1,106 @@
-"""What may be asked of the master and when it answers, and the control socket that carries it.
+"""What may be asked of the master and when it answers.
 
-The requests ask a stand-in that notes what it was told to do. The control socket is a real one with real clients; they
-wait with the selector that serves it, so that a test goes on when something has happened and at no other time.
+The requests ask a stand-in that notes what it was told to do. The socket that carries them is in `test_control`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pytest
 
+from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
 from forkd.errors import BootError
+from forkd.master.control import Reply
+from forkd.master.generation import Generation
+from forkd.master.plan import GRACE, STACKS
 from forkd.master.requests import Requests
+from forkd.master.state import State
 from forkd.signals import Order
 from forkd.states import Mode
 from forkd.wire import Message
 
-PATIENCE = 20.0  # seconds in which something must happen
 
-
+@dataclass
 class Stand:
-    """A master that does nothing but note what it is asked."""
+    """The state of a master, as far as it is asked about; also its control socket."""
 
-    def __init__(self) -> None:
-        self.mode = Mode.RUNNING
-        self.wanted = 2
-        self.last_failure: BootError | None = None
-        self.drain_timeout = 30.0
-        self.is_settled = False
-        self.told: list[object] = []
-
-    def order(self, order: Order, source: str) -> None:
-        self.told.append(order)
-
-    def scale(self, wanted: int, source: str) -> None:
-        self.told.append(wanted)
-        self.wanted = wanted
+    mode: Mode = Mode.RUNNING
+    wanted: int = 2
+    last_failure: BootError | None = None
+    succeeded: bool = False
+    displaced: bool = False
+    is_settled: bool = False
+    generation: Generation = field(default_factory=lambda: Generation(1, Settings(listen=()), [], -1))
 
     def settled(self) -> bool:
         return self.is_settled
 
+    @property
+    def control(self) -> Stand:
+        return self
+
+
+class Master:
+    """A master that does nothing but note what it is asked."""
+
+    def __init__(self) -> None:
+        self.stand = Stand()
+        self.state = cast(State, self.stand)
+        self.told: list[object] = []
+
+    def order(self, order: Order, source: str) -> None:
+        self.told.append((order, source))
+
+    def scale(self, wanted: int, source: str) -> None:
+        self.told.append(wanted)
+        self.stand.wanted = wanted
+
+    def change(self, verb: str, reply: Reply | None = None) -> None:
+        self.told.append((verb, reply))
+
+    def hand_over(self, reply: Reply) -> None:
+        self.told.append(reply)
+        reply({"ok": True, "listeners": []}, [7, 8])
+
     def status(self) -> dict[str, Any]:
-        return {"state": self.mode.value}
+        return {"state": self.stand.mode.value}
+
+    @property
+    def orders(self) -> list[Order]:
+        return [told[0] for told in self.told if isinstance(told, tuple)]
+
+
+class Client(list[Message]):
+    """What a client was answered; it may go away."""
+
+    descriptor = 5
+    descriptors: Sequence[int] = ()
+
+    def __call__(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        self.append(message)
+        self.descriptors = descriptors
+
+    def fileno(self) -> int:
+        return self.descriptor
 
 
 class Asking:
     """Requests to such a master, and what they were answered."""
 
     def __init__(self) -> None:
-        self.master = Stand()
+        self.master = Master()
+        self.stand = self.master.stand
         self.requests = Requests(self.master)
 
-    def ask(self, message: Message) -> list[Message]:
+    def ask(self, message: Message) -> Client:
         """Asks; the answers, of which more may come."""
-        answers: list[Message] = []
-        self.requests.answer(message, answers.append)
-        return answers
+        client = Client()
+        self.requests.answer(message, client)
+        return client
 
 
 @pytest.fixture
@@ -78,7 +122,7 @@ def test_what_it_does_not_know_is_answered_at_once_in_few_words(asking: Asking, 
 
 def test_the_status_is_answered_at_once_in_any_mode(asking: Asking) -> None:
     for mode in Mode:
-        asking.master.mode = mode
+        asking.stand.mode = mode
         assert asking.ask({"verb": "status"}) == [{"ok": True, "status": {"state": mode.value}}]
 
 
@@ -98,7 +142,7 @@ def test_scale_without_a_number_changes_nothing(asking: Asking) -> None:
 
 @pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.RUNNING])
 def test_only_a_running_daemon_is_scaled(asking: Asking, mode: Mode) -> None:
-    asking.master.mode = mode
+    asking.stand.mode = mode
     [answer] = asking.ask({"verb": "scale", "workers": 3})
     assert answer["ok"] is False
     assert mode.value in answer["error"]
@@ -111,21 +155,21 @@ def test_scale_is_answered_when_the_workers_are_there_and_once(asking: Asking, n
     assert asking.master.told == [number]
     asking.requests.settle()
     assert answers == []
-    asking.master.is_settled = True
+    asking.stand.is_settled = True
     asking.requests.settle()
     asking.requests.settle()
     assert answers == [{"ok": True, "workers": number}]
 
 
 def test_scale_is_answered_with_the_first_failure_after_it(asking: Asking) -> None:
-    asking.master.last_failure = BootError("an old story")
+    asking.stand.last_failure = BootError("an old story")
     answers = asking.ask({"verb": "scale", "workers": 3})
     asking.requests.settle()
     assert answers == []
-    asking.master.last_failure = BootError("worker 3 could not boot")
+    asking.stand.last_failure = BootError("worker 3 could not boot")
     asking.requests.settle()
     assert answers == [{"ok": False, "error": "worker 3 could not boot"}]
-    asking.master.is_settled = True
+    asking.stand.is_settled = True
     asking.requests.settle()
     assert len(answers) == 1
 
@@ -136,7 +180,7 @@ def test_a_second_scale_ends_the_wait_of_the_first(asking: Asking) -> None:
     asking.requests.settle()
     assert [answer["ok"] for answer in first] == [False]
     assert "4" in first[0]["error"]
-    asking.master.is_settled = True
+    asking.stand.is_settled = True
     asking.requests.settle()
     assert second == [{"ok": True, "workers": 4}]
     assert len(first) == 1
@@ -144,8 +188,8 @@ def test_a_second_scale_ends_the_wait_of_the_first(asking: Asking) -> None:
 
 def test_a_stop_ends_the_wait_of_a_scale(asking: Asking) -> None:
     answers = asking.ask({"verb": "scale", "workers": 3})
-    asking.master.mode = Mode.DRAINING
-    asking.master.is_settled = True
+    asking.stand.mode = Mode.DRAINING
+    asking.stand.is_settled = True
     asking.requests.settle()
     assert [answer["ok"] for answer in answers] == [False]
     assert "draining" in answers[0]["error"]
@@ -163,14 +207,15 @@ def test_a_stop_ends_the_wait_of_a_scale(asking: Asking) -> None:
 )
 def test_stop_is_answered_when_all_is_over(asking: Asking, how: Message, order: Order) -> None:
     answers = asking.ask({"verb": "stop", **how})
-    assert asking.master.told == [order]
+    assert asking.master.orders == [order]
+    assert not asking.stand.succeeded
     assert [answer["ok"] for answer in answers] == [True]
-    assert answers[0]["within"] > asking.master.drain_timeout
+    assert answers[0]["within"] >= asking.stand.generation.settings.drain_timeout + 2 * (GRACE + STACKS)
     for mode in (Mode.RUNNING, Mode.DRAINING, Mode.CLOSING):
-        asking.master.mode, asking.master.is_settled = mode, True
+        asking.stand.mode, asking.stand.is_settled = mode, True
         asking.requests.settle()
         assert len(answers) == 1
-    asking.master.mode = Mode.OVER
+    asking.stand.mode = Mode.OVER
     asking.requests.settle()
     asking.requests.settle()
     assert answers[1:] == [{"ok": True}]
@@ -178,7 +223,82 @@ def test_stop_is_answered_when_all_is_over(asking: Asking, how: Message, order: 
 
 def test_everybody_who_asked_for_the_stop_hears_of_it(asking: Asking) -> None:
     everybody = [asking.ask({"verb": "stop"}) for _ in range(3)]
-    assert asking.master.told == [Order.STOP] * 3
-    asking.master.mode = Mode.OVER
+    assert asking.master.orders == [Order.STOP] * 3
+    asking.stand.mode = Mode.OVER
     asking.requests.settle()
     assert [answers[1:] for answers in everybody] == [[{"ok": True}]] * 3
+
+
+@pytest.mark.parametrize("verb", ["reload", "upgrade", "diff"])
+@pytest.mark.parametrize("mode", Mode)
+def test_a_change_is_announced_with_its_longest_time_and_its_outcome_is_left_to_whoever_makes_it(
+    asking: Asking, verb: str, mode: Mode
+) -> None:
+    asking.stand.mode = mode
+    answers = asking.ask({"verb": verb})
+    assert asking.master.told == [(verb, answers)]
+    assert [answer["ok"] for answer in answers] == [True]
+    assert answers[0]["within"] > 2 * asking.stand.generation.settings.boot_timeout
+    asking.stand.is_settled = True
+    asking.requests.settle()
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.RUNNING])
+def test_only_a_running_daemon_hands_over(asking: Asking, mode: Mode) -> None:
+    asking.stand.mode = mode
+    answers = asking.ask({"verb": "hand over"})
+    assert answers == [{"ok": False, "error": f"the daemon is {mode.value}"}]
+    assert asking.master.told == []
+
+
+def test_who_is_handed_over_to_may_go_again_and_nothing_has_changed(asking: Asking) -> None:
+    heir = asking.ask({"verb": "hand over"})
+    assert heir == [{"ok": True, "listeners": []}]
+    assert heir.descriptors == [7, 8]
+    asking.requests.settle()
+    heir.descriptor = -1
+    asking.requests.settle()
+    assert asking.master.orders == []
+    assert not asking.stand.succeeded
+
+
+def test_an_heir_that_took_the_place_and_died_before_he_said_so_is_succeeded_all_the_same(asking: Asking) -> None:
+    heir = asking.ask({"verb": "hand over"})
+    asking.stand.displaced = True
+    asking.requests.settle()
+    assert asking.master.orders == []
+    heir.descriptor = -1
+    asking.requests.settle()
+    assert asking.stand.succeeded
+    asking.requests.settle()
+    assert asking.master.orders == [Order.STOP]
+
+
+def test_the_heirs_word_that_he_has_succeeded_stops_the_daemon_once_though_he_goes_then(asking: Asking) -> None:
+    """A second order to stop would cut the clients that may finish."""
+    heir = asking.ask({"verb": "hand over"})
+    asking.stand.displaced = True
+    asking.requests.answer({"verb": "stop", "succeeded": True}, heir)
+    assert asking.stand.succeeded
+    asking.stand.mode = Mode.DRAINING
+    heir.descriptor = -1
+    asking.requests.settle()
+    asking.requests.settle()
+    assert asking.master.told[1:] == [(Order.STOP, "forkd restart")]
+
+
+def test_a_stop_that_came_before_the_heir_went_is_not_hastened_by_it(asking: Asking) -> None:
+    heir = asking.ask({"verb": "hand over"})
+    asking.stand.displaced, asking.stand.mode = True, Mode.DRAINING
+    heir.descriptor = -1
+    asking.requests.settle()
+    assert asking.stand.succeeded
+    assert asking.master.orders == []
+
+
+@pytest.mark.parametrize("said", [False, None, 1, "yes"])
+def test_a_stop_is_no_succession_unless_it_says_so(asking: Asking, said: object) -> None:
+    asking.ask({"verb": "stop", "succeeded": said})
+    assert not asking.stand.succeeded
+    assert asking.master.told == [(Order.STOP, "forkd stop")]

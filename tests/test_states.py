@@ -127,6 +127,11 @@ def test_a_worker_ignores_none_of_the_signals_that_end_it() -> None:
     assert len({signals.DRAIN, signals.CLOSE, signals.KILL}) == 3
 
 
+def test_a_worker_that_can_not_tell_its_stacks_yet_is_not_hurt_when_it_is_asked() -> None:
+    assert signals.DUMP in signals.WORKER_IGNORES
+    assert signals.DUMP not in {row.signal for row in MASTER}
+
+
 def test_what_the_masters_keyboard_and_terminal_send_leaves_workers_to_the_master() -> None:
     of_the_group = {signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU}
     assert of_the_group <= set(signals.WORKER_IGNORES)

@@ -66,8 +66,8 @@ def run_directory(settings: Settings) -> RunDirectory:
     return RunDirectory(settings.name, settings.run_directory)
 
 
-def log_file(settings: Settings, *, detached: bool) -> Path | None:
-    """Where the daemon logs; None for the standard error that it was started with."""
+def log_target(settings: Settings, *, detached: bool) -> Path | str | None:
+    """Where the daemon logs: a file, the journal, or None for the standard error that it was started with."""
     return settings.log.to or (default_log_file(settings.name) if detached else None)
 
 
@@ -82,7 +82,7 @@ def run_foreground(settings: Settings, reread: Reread) -> None:
     # Not standard error's own number: a worker's is a pipe to the master.
     descriptor = os.dup(sys.stderr.fileno()) if settings.log.to is None else open_log(settings.log.to)
     with holding(settings) as held:
-        start_logging(settings.name, settings.log.level, settings.log.format, descriptor)
+        start_logging(settings.name, settings.log.level, settings.log.form, descriptor)
         place = Place(directory, detached=False, lock=held.run.pid_file.descriptor)
         daemon = Daemon(held, place, reread, on_ready=lambda: log.info("is up"))
         try:
@@ -176,7 +176,7 @@ class Daemon:
 
         def work(generation: Generation, slot: int, row: Row, channel: Channel) -> int:
             settings = generation.settings
-            start_logging(settings.name, settings.log.level, settings.log.format, generation.log)
+            start_logging(settings.name, settings.log.level, settings.log.form, generation.log)
             return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid))
 
         def abandon() -> None:
@@ -186,7 +186,7 @@ class Daemon:
         errands = Errands(
             serve=work,
             prepare=lambda present, verb, channel: prepare(present, verb, channel, self.reread, self.place.directory),
-            log_file=lambda settings: log_file(settings, detached=self.place.detached),
+            log_target=lambda settings: log_target(settings, detached=self.place.detached),
             abandon=abandon,
             on_ready=lambda: self._ready(control),
         )

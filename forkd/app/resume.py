@@ -62,7 +62,7 @@ def _go_on(heritage: Heritage, reread: Callable[[], Settings]) -> None:
         os.set_inheritable(descriptor, False)
     generation, place = heritage.generation, heritage.place
     settings = generation.settings
-    start_logging(settings.name, settings.log.level, settings.log.format, generation.log)
+    start_logging(settings.name, settings.log.level, settings.log.form, generation.log)
     try:
         fresh = reread()
         enter_directory(settings)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from forkd.app.assembly import Daemon, Legacy, Reread, enter_directory, holding, log_file
+from forkd.app.assembly import Daemon, Legacy, Reread, enter_directory, holding, log_target
 from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError
 from forkd.master.generation import wanted_workers
@@ -109,19 +109,21 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
 
     directory = str(Path.cwd())
     enter_directory(settings)
-    file = log_file(settings, detached=True)
-    assert file is not None  # noqa: S101 (a detached daemon has one)
-    stream = open(open_log(file), "ab")  # noqa: SIM115 (it is open as long as the daemon lives)
+    target = log_target(settings, detached=True)
+    assert target is not None  # noqa: S101 (a detached daemon has one)
+    descriptor = open_log(target)
+    # What is neither logged nor a worker's: an interpreter's own last words. It is open as long as the daemon lives.
+    stream = open(descriptor if isinstance(target, Path) else os.devnull, "ab")  # noqa: SIM115
     with holding(settings, legacy) as held:
         about = {
             "workers": wanted_workers(settings),
             "addresses": [str(one.address) for one in held.bound],
-            "log": str(file),
+            "log": str(target),
         }
         # Each of these undoes a default that bites: it would close all descriptors, open the umask, stay attached under
         # a PID 1, forbid core files and take the terminal's signals.
         with DaemonContext(
-            files_preserve=[launcher.writer, *held.descriptors()],
+            files_preserve=[launcher.writer, descriptor, *held.descriptors()],
             umask=0o027,
             working_directory=str(Path.cwd()),
             pidfile=None,
@@ -134,7 +136,7 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
             # It has opened standard input anew, which Python then keeps from every program that is run, and so from the
             # next image of the master: there the first descriptor opened, whatever it is, would stand in for it.
             os.set_inheritable(0, True)
-            start_logging(settings.name, settings.log.level, settings.log.format, stream.fileno())
+            start_logging(settings.name, settings.log.level, settings.log.form, descriptor)
             daemon = Daemon(
                 held,
                 Place(directory, detached=True, lock=held.run.pid_file.descriptor),
@@ -142,5 +144,5 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
                 on_ready=lambda: launcher.say({**about, "pid": os.getpid()}),
                 hang_up=launcher.hang_up,
             )
-            daemon.serve(settings, stream.fileno())
+            daemon.serve(settings, descriptor)
             launcher.failed(BootError("it was stopped before it was ready"))

@@ -46,6 +46,8 @@ def _status_text(found: dict[str, Any]) -> str:
         lines.append(f"{found['serving']} of {found['wanted']} workers serve")
     if found["reason"]:
         lines += found["reason"].split("; ")
+    if found["refusal"]:
+        lines.append(f"the last {escaped(found['refusal'])}")
     if found["change"]:
         lines.append(f"{found['change']} is under way")
     lines.append("")

@@ -1,1 +1,3 @@
-"""The settings: declared in `options`, read by `load`, described by `schema`; `units` and `address` parse words."""
+"""The settings: declared in `options`, read by `load`, described by `schema`, handed over by `plain`, compared by
+`differences`; `units` and `address` parse words.
+"""

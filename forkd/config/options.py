@@ -128,12 +128,17 @@ class Log:
 
     level: str = _option(units.choice("debug", "info", "warning", "error"), "The least severe records kept.", "info")
     format: str = _option(units.choice("text", "json"), "One line of text, or one JSON object, a record.", "text")
-    to: Path | None = _option(
+    to: Path | str | None = _option(
         units.LOG_TARGET,
-        "A file, or stderr. What `forkd start` has detached writes to /var/log/forkd/NAME.log (for root) or "
-        "$XDG_STATE_HOME/forkd/NAME.log where this says stderr.",
+        "A file, stderr, or journal (systemd's, with fields). What `forkd start` has detached writes to "
+        "/var/log/forkd/NAME.log (for root) or $XDG_STATE_HOME/forkd/NAME.log where this says stderr.",
         None,
     )
+
+    @property
+    def form(self) -> str:
+        """How records are written to where they go: `text`, `json` or `journal`."""
+        return units.JOURNAL if self.to == units.JOURNAL else self.format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

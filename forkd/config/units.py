@@ -238,7 +238,15 @@ MODE = Kind(
 )
 TEXT = Kind("text", _text, str, {"type": "string", "minLength": 1})
 PATH = Kind("path", _path, str, {"type": "string", "minLength": 1})
-LOG_TARGET = _or_word("stderr", PATH)
+#: Stands for systemd's journal where a log goes to.
+JOURNAL = "journal"
+
+
+def _log_target(text: str) -> Path | str:
+    return JOURNAL if text == JOURNAL else _path(text)
+
+
+LOG_TARGET = _or_word("stderr", Kind("path or journal", _log_target, str, {"type": "string", "minLength": 1}))
 NAME = Kind(
     "name",
     _pattern(_NAME, "a name; write up to 64 letters, digits, dots, dashes and underscores"),

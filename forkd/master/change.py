@@ -170,6 +170,9 @@ class Changes:
 
     def _upgrade(self, change: Change) -> None:
         log.info("upgrade: the new code can start; goes over to it")
+        self._state.notifier.send(
+            "WATCHDOG=1"
+        )  # it will not hear of us for the time that an interpreter takes to start
         try:
             replace_image(self._state.heritage([reply.fileno() for reply in change.replies if reply.fileno() >= 0]))
         except ForkdError as error:
@@ -197,6 +200,7 @@ class Changes:
         wanted = self._wanted(change.candidate.settings)
         if self._crew.serves(change.number, wanted):
             self._take_over(change.candidate)
+            self._state.refusal = ""
             log.info("%s: done, generation %d serves", change.verb, change.number)
             self._end(change, {"ok": True, "generation": change.number, "workers": wanted})
 
@@ -218,14 +222,22 @@ class Changes:
     def failed(self, number: int, error: BootError) -> None:
         """A worker of this generation could not boot, or has died."""
         if self.current is not None and self.current.number == number:
-            self.fail(str(error), error.details)
+            self.fail(str(error), error.details, logged=True)
 
-    def fail(self, reason: str, details: str = "") -> None:
-        """Ends the change that is under way; the generation that serves goes on untouched."""
+    def fail(self, reason: str, details: str = "", *, logged: bool = False) -> None:
+        """Ends the change that is under way; the generation that serves goes on untouched.
+
+        Args:
+            reason: a sentence.
+            details: the lines that belong below it.
+            logged: whether those stand in the log already.
+        """
         change = self.current
         if change is None:
             return
-        below = f"\n{details.rstrip()}" if details else ""
+        if change.verb != DIFF:
+            self._state.refusal = f"{change.verb} failed: {reason}"
+        below = f"\n{details.rstrip()}" if details and not logged else ""
         log.error("%s: failed, and nothing has changed: %s%s", change.verb, reason, below)
         for bound in change.fresh.values():
             bound.remove()

@@ -19,13 +19,13 @@ class Errands:
     Attributes:
         serve: a worker of this generation, in this slot, with its row and channel; returns its exit status.
         prepare: a helper that reads the settings anew; with the verb of the change.
-        log_file: where these settings have the daemon log; None for where it was started.
+        log_target: where these settings have the daemon log: a file, the journal, or None for where it was started.
         abandon: closes, in a forked child, what else is the master's alone (the pid file's lock).
         on_ready: called once, when every wanted worker serves.
     """
 
     serve: Callable[[Generation, int, Row, Channel], int]
     prepare: Callable[[Generation, str, Channel], int]
-    log_file: Callable[[Settings], Path | None]
+    log_target: Callable[[Settings], Path | str | None]
     abandon: Callable[[], None]
     on_ready: Callable[[], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from forkd.config.options import Settings
@@ -25,14 +26,16 @@ class Generation:
     bound: list[BoundListener]
     log: int
 
-    def close_all_but(self, kept: Generation | None) -> None:
-        """Closes, in a forked child, the sockets that another generation does not have."""
+    def close_all_but(self, kept: Generation) -> None:
+        """Closes, in a forked child, the sockets and the log that another generation does not have."""
         for bound in self.lacking(kept):
             bound.close()
+        if self.log != kept.log:
+            os.close(self.log)
 
-    def lacking(self, other: Generation | None) -> list[BoundListener]:
+    def lacking(self, other: Generation) -> list[BoundListener]:
         """The listeners that another generation does not have."""
-        theirs = {sock.fileno() for bound in other.bound for sock in bound.sockets} if other is not None else set()
+        theirs = {sock.fileno() for bound in other.bound for sock in bound.sockets}
         return [bound for bound in self.bound if not theirs & {sock.fileno() for sock in bound.sockets}]
 
 

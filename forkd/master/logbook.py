@@ -24,17 +24,17 @@ class Logbook:
     """Knows where to log.
 
     Args:
-        log_file: where these settings have the daemon log; None for where it was started.
+        target: where these settings have the daemon log: a file, the journal, or None for where it was started.
     """
 
-    def __init__(self, log_file: Callable[[Settings], Path | None]) -> None:
-        self._log_file = log_file
+    def __init__(self, target: Callable[[Settings], Path | str | None]) -> None:
+        self._target = target
 
     def reopen(self, generation: Generation, crew: Crew) -> None:
         """Opens the log file anew, for the master and the workers; where that can't be done the old one goes on."""
-        path = self._log_file(generation.settings)
-        if path is None:
-            log.info("logs to where it was started, so there is no file to open anew")
+        path = self._target(generation.settings)
+        if not isinstance(path, Path):
+            log.info("logs to no file, so there is none to open anew")
             return
         try:
             descriptor = open_log(path)
@@ -47,10 +47,10 @@ class Logbook:
 
     def open_for(self, settings: Settings, present: Generation) -> int:
         """The descriptor to log to by these settings, the present one where they say the same. Raises ForkdError."""
-        path = self._log_file(settings)
-        if path == self._log_file(present.settings):
+        target = self._target(settings)
+        if target == self._target(present.settings):
             return present.log
-        return os.dup(2) if path is None else open_log(path)
+        return os.dup(2) if target is None else open_log(target)
 
     def turn_over(self, before: Generation, after: Generation) -> None:
         """Has the master log as the new generation does."""
@@ -58,7 +58,7 @@ class Logbook:
             replace_log(after.log)
             after.log = before.log
         settings = after.settings
-        start_logging(settings.name, settings.log.level, settings.log.format, after.log)
+        start_logging(settings.name, settings.log.level, settings.log.form, after.log)
 
     def close(self, candidate: Generation, present: Generation) -> None:
         """Closes what was opened for a generation that is not to be."""

@@ -8,6 +8,7 @@ stopping are states that the one loop advances.
 from __future__ import annotations
 
 import logging
+import os
 import selectors
 import time
 from math import inf
@@ -22,6 +23,7 @@ from forkd.master.control import ControlSocket, Reply
 from forkd.master.crew import Crew
 from forkd.master.errands import Errands
 from forkd.master.generation import Generation, wanted_workers
+from forkd.master.herald import Herald
 from forkd.master.heritage import Heritage, Place
 from forkd.master.logbook import Logbook
 from forkd.master.requests import Requests
@@ -31,6 +33,7 @@ from forkd.master.wakeup import Wakeup
 from forkd.signals import Order
 from forkd.states import Event, Life, Mode, Turn, next_mode
 from forkd.system.channel import Channel
+from forkd.system.notify import Notifier, forget_manager
 from forkd.system.process import set_title
 from forkd.system.scoreboard import Row, Scoreboard
 
@@ -64,9 +67,10 @@ class Master:
     ) -> None:
         self._crew = Crew(Spawner(board, self._abandon), selector, failed=self._failed)
         wanted = wanted_workers(generation.settings)
-        self.state = State(generation, wanted, board, control, errands, place, self._crew)
+        notifier = Notifier(os.environ)
+        self.state = State(generation, wanted, board, control, errands, place, self._crew, notifier)
         self._selector = selector
-        self._logbook = Logbook(errands.log_file)
+        self._logbook = Logbook(errands.log_target)
         self._changes = Changes(self.state, self._logbook)
         self._requests = Requests(self)
         self._wakeup = Wakeup()
@@ -87,6 +91,7 @@ class Master:
         self._wakeup.install()
         self._selector.register(self._wakeup, selectors.EVENT_READ, lambda mask: self._signalled())
         state.control.serve(self._requests.answer)
+        self._herald = Herald(state, resumed=heritage is not None)
         if heritage is None:
             addresses = ", ".join(str(bound.address) for bound in state.generation.bound)
             log.info("listens on %s; workers: %d", addresses, state.wanted)
@@ -111,12 +116,14 @@ class Master:
         self._requests.settle()
         candidate = self._changes.candidate(self.state.generation.settings.boot_timeout)
         due = plan.make_plan(now, self.state.pool(now, candidate))
+        tell_again = self._herald.tell(now, self._changes.under_way)
         for action in due.actions:
             self._perform(action)
         if due.actions or self.state.mode is Mode.OVER:
             self._expected = time.monotonic()
             return
-        timeout = None if due.deadline is None else max(0.0, due.deadline - time.monotonic())
+        deadline = min((when for when in (due.deadline, tell_again) if when is not None), default=None)
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._expected = inf if timeout is None else time.monotonic() + timeout
         for key, mask in self._selector.select(timeout):
             key.data(mask)
@@ -184,6 +191,8 @@ class Master:
         self._selector.close()
         self._wakeup.close()
         self.state.control.close()
+        self.state.notifier.close()
+        forget_manager()
         self._crew.abandon()
         self.state.errands.abandon()
 

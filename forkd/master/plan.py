@@ -176,11 +176,12 @@ def _superfluous(worker: WorkerView, pool: Pool) -> str:
     """Why a worker should go, if it should."""
     if pool.mode is Mode.DRAINING:
         return "the daemon stops"
+    wanted = pool.wanted
     if pool.candidate is not None and worker.generation == pool.candidate.number:
-        return ""
-    if worker.generation != pool.generation:
+        wanted = pool.candidate.wanted
+    elif worker.generation != pool.generation:
         return "another generation serves" if worker.life is Life.SERVING else "its generation is not to be"
-    return "more workers than wanted" if worker.slot > pool.wanted else ""
+    return "more workers than wanted" if worker.slot > wanted else ""
 
 
 def _limits(worker: WorkerView, pool: Pool) -> list[tuple[float, str]]:

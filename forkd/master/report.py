@@ -10,6 +10,7 @@ from forkd import __version__
 from forkd.master.spawn import HELPER, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
+from forkd.system.logs import escaped
 from forkd.system.scoreboard import Field
 
 
@@ -33,6 +34,7 @@ def status(state: State, change: str) -> dict[str, Any]:
         "state": "degraded" if degraded else state.mode.value,
         "reason": "; ".join(_why_missing(state, slot, now) for slot in sorted(missing)) if degraded else "",
         "change": change,
+        "refusal": state.refusal,
         "generation": state.generation.number,
         "started": state.started,
         "wanted": state.wanted,
@@ -45,6 +47,15 @@ def status(state: State, change: str) -> dict[str, Any]:
         ],
         "deaths": list(state.crew.deaths),
     }
+
+
+def status_line(state: State, change: str) -> str:
+    """The state of the daemon in one line, for a service manager."""
+    found = status(state, change)
+    clients = sum(worker["clients"] for worker in found["workers"])
+    words = [f"{found['state']}: {found['serving']} of {found['wanted']} workers, {clients} clients", found["reason"]]
+    words.append(f"{change} is under way" if change else found["refusal"])
+    return escaped("; ".join(filter(None, words)))
 
 
 def _why_missing(state: State, slot: int, now: float) -> str:

@@ -77,7 +77,8 @@ class Requests:
             self._heir = None
             if self._master.state.control.displaced:  # it died when all was done but to tell us
                 self._master.state.succeeded = True
-                self._master.order(Order.STOP, "another master in its place")
+                if self._master.state.mode is Mode.RUNNING:  # else a second order would cut the clients
+                    self._master.order(Order.STOP, "another master in its place")
         waiting, self._waiting = self._waiting, []
         for reply, outcome in waiting:
             answer = outcome()

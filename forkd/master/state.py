@@ -16,6 +16,7 @@ from forkd.master.heritage import Heritage, Place
 from forkd.master.plan import Candidate, Pool
 from forkd.master.spawn import HELPER, Worker
 from forkd.states import Mode
+from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Scoreboard
 
 
@@ -31,9 +32,11 @@ class State:
         errands: what its children do.
         place: what outlasts this image.
         crew: its children.
+        notifier: tells the service manager, where there is one.
         mode: what it is about.
         started: since the epoch, whichever image it was that started.
         last_failure: why the last worker that never served did not.
+        refusal: why the last change has failed; empty when it has not.
         succeeded: whether another master has the name and the addresses now.
         awake: since when it has been there without a gap, on the monotonic clock.
     """
@@ -45,9 +48,11 @@ class State:
     errands: Errands
     place: Place
     crew: Crew
+    notifier: Notifier
     mode: Mode = Mode.STARTING
     started: float = field(default_factory=time.time)
     last_failure: BootError | None = None
+    refusal: str = ""
     succeeded: bool = False
     awake: float = -inf
 

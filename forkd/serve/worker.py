@@ -1,7 +1,8 @@
 """A worker: wires listeners, handlers and the poll loop together, serves until told to drain, and ends.
 
 `run_worker` is what a forked child runs. It reports on its channel: ready, or why it could not boot. The master speaks
-to it by signals alone; end of file on the channel means that the master is dead, and then the worker is soon gone too.
+to it by signals, and hands it a new log file on the channel; end of file there means that the master is dead, and then
+the worker is soon gone too.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.transport import Transport
 from forkd.system.channel import Channel, ChannelClosed
-from forkd.system.logs import set_role
-from forkd.system.process import set_title, signal_when_parent_dies
+from forkd.system.logs import replace_log, set_role
+from forkd.system.process import dump_stacks_on, set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
 
@@ -59,6 +60,7 @@ class Station:
 
 def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Scoreboard, station: Station) -> int:
     """Runs a worker to its end in a process of its own; the exit status."""
+    dump_stacks_on(signals.DUMP)
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
     if not signal_when_parent_dies(signals.DRAIN, station.master):
@@ -162,14 +164,19 @@ class Worker:
             signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
 
     def _channel_ready(self, mask: int) -> None:
+        channel = self._station.channel
         try:
-            self._station.channel.receive()
+            messages = channel.receive()
         except ChannelClosed:
-            self._loop.selector.epoll.unregister(self._station.channel.fileno())
+            self._loop.selector.epoll.unregister(channel.fileno())
             if not self._draining:
                 log.error("the master is gone; ends within %.0f s", ORPHANED)
             signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
             self.drain(ORPHANED)
+            return
+        for message in messages:
+            if message.get("order") == "log":
+                replace_log(channel.descriptors.pop(0))
 
     def drain(self, seconds: float | None = None) -> None:
         """Takes no more clients; ends when those that are here have gone, or when their time is up."""

@@ -1,4 +1,4 @@
-"""The log: stdlib logging, a record written whole by one write(2), in text or JSON.
+"""The log: stdlib logging, a record written whole by one write(2), in text or JSON, or sent to systemd's journal.
 
 Every process of a daemon writes to the same descriptor, opened for appending, so records of several workers never mix.
 Nothing that a client sends can forge a line: what is not printable is escaped, and the lines below a record's first (a
@@ -15,7 +15,9 @@ import select
 import time
 from pathlib import Path
 
+from forkd.config.units import JOURNAL
 from forkd.errors import ForkdError
+from forkd.system.journal import encode, is_journal_stream, open_journal, priority, send
 
 _MARK = "  | "
 # C0 and C1 controls, and the separators that some viewers take for ends of lines.
@@ -40,14 +42,23 @@ def _timestamp(created: float, fraction: float) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """`TIME LEVEL DAEMON ROLE[PID] LOGGER: MESSAGE`, and marked lines for a traceback."""
+    """`TIME LEVEL DAEMON ROLE[PID] LOGGER: MESSAGE`, and marked lines for a traceback.
+
+    Args:
+        with_priority: whether each line begins with `<N>`, as who reads them for the journal understands it.
+    """
+
+    def __init__(self, *, with_priority: bool = False) -> None:
+        super().__init__()
+        self._with_priority = with_priority
 
     def format(self, record: logging.LogRecord) -> str:
         when = _timestamp(record.created, record.msecs)
         first = f"{when} {record.levelname} {_Process.daemon} {_Process.role}[{os.getpid()}] {record.name}: "
         message, *more = record.getMessage().split("\n")
         more += _traceback(self, record).splitlines()
-        return "\n".join([first + escaped(message), *(_MARK + escaped(line) for line in more)])
+        before = f"<{priority(record.levelno)}>" if self._with_priority else ""
+        return "\n".join(before + line for line in (first + escaped(message), *(_MARK + escaped(one) for one in more)))
 
 
 class JsonFormatter(logging.Formatter):
@@ -77,6 +88,12 @@ def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     return "\n".join(parts)
 
 
+_PLAIN = logging.Formatter()
+
+#: Attributes of a record that say what it is about, where who logged it has given them by `extra`.
+EXTRA = ("worker", "client", "listener")
+
+
 class DescriptorHandler(logging.Handler):
     """Writes each record by one write(2)."""
 
@@ -98,8 +115,50 @@ class DescriptorHandler(logging.Handler):
             self.handleError(record)
 
 
-def open_log(path: Path) -> int:
-    """A descriptor that appends to the log file, made with its directory where they are missing. Raises ForkdError."""
+class JournalHandler(logging.Handler):
+    """Sends each record to the journal, with fields: what it is about beside what it says."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            send(self.descriptor, encode(self.fields(record)))
+        except OSError:  # as for a file: the daemon serves on
+            return
+        except Exception:  # noqa: BLE001 (as all handlers of logging)
+            self.handleError(record)
+
+    def fields(self, record: logging.LogRecord) -> dict[str, str]:
+        """The record's fields (systemd.journal-fields(7)); WORKER, CLIENT and LISTENER where it is about one."""
+        fields = {
+            "MESSAGE": "\n".join(filter(None, (record.getMessage(), _traceback(_PLAIN, record)))),
+            "PRIORITY": str(priority(record.levelno)),
+            "SYSLOG_IDENTIFIER": _Process.daemon,
+            "LOGGER": record.name,
+            "CODE_FILE": record.pathname,
+            "CODE_LINE": str(record.lineno),
+            "CODE_FUNC": record.funcName or "",
+        }
+        if _Process.role.startswith("worker "):
+            fields["WORKER"] = _Process.role.removeprefix("worker ")
+        about = {name.upper(): str(getattr(record, name)) for name in EXTRA if hasattr(record, name)}
+        return {**fields, **about}
+
+
+def open_log(target: Path | str) -> int:
+    """A descriptor to log to.
+
+    Args:
+        target: a file, which is made with its directory where they are missing, or `JOURNAL`.
+
+    Raises:
+        ForkdError: it can't be had.
+    """
+    if target == JOURNAL:
+        return open_journal()
+    path = Path(target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
@@ -118,10 +177,22 @@ def default_log_file(name: str) -> Path:
 
 
 def start_logging(daemon: str, level: str, form: str, descriptor: int) -> None:
-    """Sends every record of this process, and of those forked from it, to `descriptor`."""
+    """Sends every record of this process, and of those forked from it, to `descriptor`.
+
+    Args:
+        daemon: its name.
+        level: the least severe that is kept.
+        form: how: `text`, `json`, or `journal`, for a descriptor that leads there.
+        descriptor: by `open_log`, or standard error's.
+    """
     _Process.daemon, _Process.descriptor = daemon, descriptor
-    handler = DescriptorHandler(descriptor)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler: logging.Handler
+    if form == JOURNAL:
+        handler = JournalHandler(descriptor)
+    else:
+        handler = DescriptorHandler(descriptor)
+        with_priority = is_journal_stream(descriptor)
+        handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(with_priority=with_priority))
     logging.captureWarnings(capture=True)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
 

@@ -1,8 +1,12 @@
-"""What a process says of itself and to its kernel: titles, the parent-death signal, the processors it may use."""
+"""What a process says of itself and to its kernel: titles, the parent-death signal, its stacks, its memory, the
+processors that it may use.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -10,6 +14,7 @@ import sys
 import setproctitle
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 # It looks for the process's argv by way of the environment, so it must find that before anybody edits it.
 setproctitle.getproctitle()
@@ -35,6 +40,27 @@ def signal_when_parent_dies(signum: signal.Signals, parent: int) -> bool:
     if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     return os.getppid() == parent
+
+
+def dump_stacks_on(signum: signal.Signals) -> None:
+    """Has the stacks of all threads written to stderr at `signum`, and when the process crashes in C (faulthandler).
+
+    It is done in C, at once, whatever Python is held up by. stderr is what it is now: a handler may close or redirect
+    it later.
+
+    Raises:
+        OSError: there is no stderr.
+    """
+    descriptor = os.dup(2)
+    faulthandler.register(signum, file=descriptor, all_threads=True, chain=False)
+    faulthandler.enable(file=descriptor, all_threads=True)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has in use (proc_pid_statm(5)); 0 where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
+    return 0
 
 
 def processors() -> int:

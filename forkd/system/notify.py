@@ -1,0 +1,79 @@
+"""What a service manager is told: systemd's notification protocol (sd_notify(3)), and the watchdog it asks for.
+
+Where no manager listens nothing is sent. A manager that does not read must not hold up the master: what can't be sent
+at once is lost, and the next state is told as ever.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+
+#: The variables of the protocol. They are the master's alone: a child that knew them could speak for it.
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class Notifier:
+    """Tells the service manager.
+
+    Args:
+        environment: with `NOTIFY_SOCKET`, where there is a manager.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        path = environment.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{path[1:]}" if path.startswith("@") else path
+        self._sock: socket.socket | None = None
+        self.watchdog = _watchdog(environment)
+        if self._address:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._sock.setblocking(False)
+
+    @property
+    def listened_to(self) -> bool:
+        """Whether there is a manager."""
+        return self._sock is not None
+
+    def send(self, *lines: str, descriptors: Sequence[int] = ()) -> None:
+        """Sends assignments such as `READY=1`, in one datagram, and copies of descriptors with it."""
+        if self._sock is None:
+            return
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        with contextlib.suppress(OSError):  # it does not read, or is gone: there is nobody else to tell
+            self._sock.sendmsg(["\n".join(lines).encode()], rights, 0, self._address)
+
+    def close(self) -> None:
+        """Closes it; for a forked child, which must not speak for the master."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+def forget_manager() -> None:
+    """Takes the protocol's variables from the environment of a forked child."""
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+
+
+def usec(seconds: float) -> int:
+    """Microseconds, as the protocol has times."""
+    return int(seconds * 1e6)
+
+
+def monotonic_usec() -> int:
+    """CLOCK_MONOTONIC in microseconds, for `MONOTONIC_USEC=`."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+def _watchdog(environment: Mapping[str, str]) -> float | None:
+    """Seconds within which the manager wants to hear of this process again and again; None: never
+    (sd_watchdog_enabled(3)).
+    """
+    text, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
+    if not text.isdecimal() or not int(text) or (pid and pid != str(os.getpid())):
+        return None
+    return int(text) / 1e6

@@ -1,0 +1,171 @@
+"""Reloads that fail: whatever is wrong, the reason is told and nothing has changed.
+
+The daemon serves on with the same workers, who was connected stays so, and what was bound for the reload is free again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from changing import Changing, descriptors, listener
+from clients import echoes, is_free
+from harness import Harness
+from processes import eventually
+
+Break = Callable[[Changing], object]
+
+#: What is done to the file or the module, and what is said of it, as regular expressions.
+BROKEN_FILES: dict[str, tuple[Break, list[str]]] = {
+    "is no YAML": (lambda site: site.file.write_text("listen: [\n"), [r"tested\.yaml:2:1: "]),
+    "has an unknown key": (
+        lambda site: site.write(wokers=2),
+        [r"tested\.yaml:\d+:1: wokers: unknown setting; did you mean 'workers'\?"],
+    ),
+    "has two mistakes": (
+        lambda site: site.write(wokers=2, boot_timeout="soon"),
+        [r"tested\.yaml:\d+:1: wokers", r"tested\.yaml:\d+:15: boot_timeout: 'soon'"],
+    ),
+    "is gone": (lambda site: site.file.unlink(), [r"tested\.yaml: can't be read: No such file or directory"]),
+    "needs a restart": (
+        lambda site: site.write(working_directory="/"),
+        ["a reload can't change this:", r"\nworking_directory: .* \(needs a restart\)"],
+    ),
+    "logs where nobody can": (
+        lambda site: site.write(log={"to": "/dev/null/log"}),
+        ["can't open the log file /dev/null/log: /dev/null is not a directory"],
+    ),
+    "names a foreign address": (
+        lambda site: site.write(listen=[listener("tcp://192.0.2.1:0")]),
+        [r"can't listen on tcp://192\.0\.2\.1:0: 192\.0\.2\.1 is no address of this machine"],
+    ),
+}
+BROKEN_CODE: dict[str, tuple[str, list[str]]] = {
+    "raises": ("1 / 0\n", ["importing says failed: ZeroDivisionError", r'File ".*/says\.py", line 1, in <module>']),
+    "is no Python": ("Handler = (\n", ["SyntaxError", r"says\.py"]),
+    "calls sys.exit": ("raise SystemExit(3)\n", ["importing says failed: SystemExit: 3"]),
+    "ends the process": ("import os\nos._exit(7)\n", ["ended before it was ready: exit status 7"]),
+    "kills the process": ("import os\nos.kill(os.getpid(), 11)\n", ["ended before it was ready: killed by SIGSEGV"]),
+    "says its last words": (
+        "import os\nos.write(2, b'no more disks\\n')\nos._exit(1)\n",
+        ["no more disks", "ended before it was ready: exit status 1"],
+    ),
+}
+
+
+class Untouched:
+    """A daemon that runs, a client of it, and what must be the same after each reload that fails."""
+
+    def __init__(self, site: Changing) -> None:
+        self.site, self.daemon, self.good = site, site.daemon.start(), dict(site.settings)
+        self.address, self.pid, self.workers = self.daemon.address, self.daemon.pid, self.daemon.workers()
+        self.descriptors = len(descriptors(self.pid))
+        self.client, _ = site.greet()
+
+    def fail(self, why: str, *patterns: str) -> None:
+        """Reloads what the test has broken, which must fail for this reason; then mends it."""
+        result = self.daemon.command("reload")
+        assert (result.returncode, result.stdout) == (1, ""), f"{why}: {result}"
+        assert "forkd: the reload failed, and tested goes on as before: " in result.stderr, why
+        for pattern in patterns:
+            assert re.search(pattern, result.stderr), f"{why}: {result.stderr}"
+        self.check(why)
+        self.site.settings = dict(self.good)
+        self.site.write()
+        self.site.code("first")
+
+    def check(self, why: str) -> None:
+        """Fails where a reload has changed something."""
+        status = self.daemon.status()
+        assert (status["pid"], status["generation"], status["change"], status["state"]) == (self.pid, 1, "", "running")
+        assert self.daemon.workers() == self.workers, why
+        assert [one["address"] for one in status["listeners"]] == [self.address], why
+        assert echoes(self.client), why
+        assert self.site.greet()[1] == "first", why
+
+    def end(self) -> None:
+        """That the failures have cost nothing, and that the next reload takes place."""
+        clients = self.daemon.status()["workers"]
+        assert sum(one["clients"] for one in clients) > 0
+        eventually(lambda: len(self.daemon.status()["workers"]) == 2, what="the end of the candidates")
+        eventually(lambda: len(descriptors(self.pid)) <= self.descriptors, what="as many descriptors as before")
+        self.site.code("later")
+        result = self.daemon.command("reload")
+        assert result.returncode == 0, result.stderr
+        assert self.site.greet()[1] == "later"
+        assert echoes(self.client)
+
+
+def test_what_is_wrong_with_the_settings_is_told_and_changes_nothing(harness: Harness) -> None:
+    site = Changing(harness)
+    untouched = Untouched(site)
+    site.write(wokers=2)
+    site.daemon.signal(signal.SIGHUP)
+    site.daemon.wait_log(r"reload: failed, and nothing has changed: tested\.yaml:\d+:1: wokers: unknown setting")
+    untouched.check("a signal")
+    for why, (spoil, patterns) in BROKEN_FILES.items():
+        spoil(site)
+        site.daemon.expect(f"(?s)reload: failed, and nothing has changed: .*{patterns[0]}")
+        untouched.fail(why, *patterns)
+    untouched.end()
+
+
+def test_what_is_wrong_with_a_handler_is_told_and_changes_nothing(harness: Harness) -> None:
+    site = Changing(harness)
+    site.daemon.expect("reload: failed, and nothing has changed: worker", "worker . .* has ended: ")
+    untouched = Untouched(site)
+    for why, (source, patterns) in BROKEN_CODE.items():
+        site.code("later", source)
+        untouched.fail(why, *patterns)
+    site.write(listen=[listener("tcp://127.0.0.1:0", handler="nowhere.at_all:Handler")])
+    untouched.fail("is not there", "there is no module 'nowhere'")
+    site.write(listen=[listener("tcp://127.0.0.1:0", handler="says:Sags")])
+    untouched.fail("lacks its name", "has no attribute 'Sags'")
+    untouched.end()
+
+
+@pytest.mark.parametrize("why", ["an address in use", "a handler"])
+def test_what_was_bound_for_a_reload_that_fails_is_free_again(harness: Harness, tmp_path: Path, why: str) -> None:
+    path = tmp_path / "sock"
+    site = Changing(harness)
+    site.daemon.expect("reload: failed, and nothing has changed: ")
+    untouched = Untouched(site)
+    with socket.create_server(("127.0.0.1", 0)) as holder, socket.create_server(("127.0.0.1", 0)) as another:
+        free, held = (f"tcp://127.0.0.1:{sock.getsockname()[1]}" for sock in (another, holder))
+        another.close()
+        listeners = [*site.settings["listen"], listener(free), listener(f"unix:{path}")]
+        if why == "a handler":
+            site.daemon.expect("worker . .* has ended: exit status 3")
+            site.write(listen=listeners)
+            site.code("later", "1 / 0\n")
+            untouched.fail(why, "ZeroDivisionError")
+        else:
+            site.write(listen=[*listeners, listener(held)])
+            untouched.fail(why, f"{held} is in use by .*, pid {os.getpid()}")
+    assert not path.exists()
+    eventually(lambda: is_free(free), what="the port free")
+    untouched.end()
+
+
+def test_workers_that_never_boot_end_a_reload_with_their_stacks_in_the_log(harness: Harness) -> None:
+    site = Changing(harness, boot_timeout="500ms")
+    daemon = site.daemon
+    daemon.expect("it was not ready by its boot_timeout; these are its stacks", "kills worker . .* boot_timeout")
+    daemon.expect("has ended: killed by SIGKILL, it was not ready by its boot_timeout", "reload: failed")
+    untouched = Untouched(site)
+    with site.gate("later"):
+        untouched.fail("never boots", "worker . .*it was not ready by its boot_timeout")
+        daemon.wait_log(r'worker . \(pid \d+\) on stderr: (.*\n  \| )*.*File ".*/says\.py", line 4 in <module>')
+    untouched.end()
+
+
+def test_a_reload_of_what_does_not_run_fails(harness: Harness) -> None:
+    site = Changing(harness)
+    for more in ((), ("--diff",)):
+        result = site.daemon.command("reload", *more)
+        assert (result.returncode, result.stderr) == (1, "forkd: tested is not running\n")
