@@ -1,7 +1,7 @@
 """Workers whose loop stands still: stopped, spinning, waiting in C; and a machine that slept, where none is to blame.
 
-Who stands still is killed, its stacks and the cause on record, and nobody else notices. What the test waits for is what
-the heartbeats on the scoreboard say; the scoreboard is the master's own memory, opened by way of proc(5).
+Who stands still is killed, its stacks and the cause on record, and nobody else notices. What the tests wait for is what
+the heartbeats on the scoreboard say.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from pathlib import Path
-from time import monotonic_ns
+from time import monotonic
 from typing import Any
 
 import pytest
+from board import heartbeats
 from clients import at_end, echoes, read
 from crowd import GREETING
 from harness import Daemon, Harness
 from processes import eventually, wait_end
 
-from forkd.config.units import MOST_WORKERS
 from forkd.master.master import OVERSLEPT
 from forkd.master.plan import STACKS
-from forkd.system.scoreboard import Field, Scoreboard
 
 STALL = 1.0
 CAUSE = "its loop stood still for stall_timeout"
@@ -45,22 +43,6 @@ def hosts(harness: Harness, daemon: Daemon, count: int = 12) -> dict[int, list[s
     return found
 
 
-def heartbeats(master: int, workers: set[int]) -> list[float]:
-    """When each worker's loop last came by, in seconds on the monotonic clock."""
-    directory = Path(f"/proc/{master}/fd")
-    number = next(one.name for one in directory.iterdir() if "scoreboard" in os.readlink(one))
-    descriptor = os.open(directory / number, os.O_RDWR)
-    try:
-        rows = Scoreboard(2 * MOST_WORKERS, descriptor).rows()
-        return [row[Field.HEARTBEAT] / 1e9 for row in rows if row[Field.PID] in workers]
-    finally:
-        os.close(descriptor)
-
-
-def now() -> float:
-    return monotonic_ns() / 1e9
-
-
 def wait_death(daemon: Daemon, pid: int) -> dict[str, Any]:
     """The certificate of a worker that is to die."""
     wait_end(pid)
@@ -76,7 +58,7 @@ def stacks(daemon: Daemon, pid: int) -> str:
 
 def test_workers_that_have_nothing_to_do_do_not_stand_still(harness: Harness) -> None:
     daemon = start(harness)
-    workers, begun = daemon.workers(), now()
+    workers, begun = daemon.workers(), monotonic()
     eventually(lambda: min(heartbeats(daemon.pid, {*workers.values()})) > begun + 3 * STALL, what="some heartbeats")
     assert daemon.workers() == workers
 
@@ -88,10 +70,10 @@ def test_after_a_sleep_of_the_machine_nobody_is_killed(harness: Harness) -> None
     for pid in (*pids, master):
         os.kill(pid, signal.SIGSTOP)
     slept = STALL + OVERSLEPT + 1
-    eventually(lambda: now() - max(heartbeats(master, pids)) > slept, what="heartbeats that are old")
+    eventually(lambda: monotonic() - max(heartbeats(master, pids)) > slept, what="heartbeats that are old")
     for pid in (master, *pids):
         os.kill(pid, signal.SIGCONT)
-    woken = now()
+    woken = monotonic()
     eventually(lambda: min(heartbeats(master, pids)) > woken + STALL + STACKS, what="the time to be killed")
     daemon.wait_log("was not there for")
     assert daemon.workers() == workers
@@ -142,7 +124,7 @@ def test_a_worker_that_comes_round_after_its_stacks_were_written_lives(harness: 
     os.kill(workers[1], signal.SIGSTOP)
     daemon.wait_log("these are its stacks")
     os.kill(workers[1], signal.SIGCONT)
-    begun = now()
+    begun = monotonic()
     eventually(
         lambda: min(heartbeats(daemon.pid, {*workers.values()})) > begun + STALL + STACKS, what="its kill's time"
     )

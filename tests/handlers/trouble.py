@@ -27,12 +27,26 @@ def devour_memory() -> None:
     _taken = [b"x" * MIB for _ in range(512)]
 
 
+KEPT: list[bytes] = []
+
+
+def grow() -> None:
+    """Takes 100 MiB and keeps them."""
+    KEPT.extend(b"x" * MIB for _ in range(100))
+
+
 def leave_orphan() -> None:
     """Leaves a process behind whose parent is gone; it ends when somebody opens the named pipe `gate` and closes it."""
     subprocess.run("cat gate &", shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)  # noqa: S602
 
 
-ORDERS = {b"spin": spin_for_ever, b"block": block_for_ever, b"devour": devour_memory, b"orphan": leave_orphan}
+ORDERS = {
+    b"spin": spin_for_ever,
+    b"block": block_for_ever,
+    b"devour": devour_memory,
+    b"grow": grow,
+    b"orphan": leave_orphan,
+}
 
 
 class Trouble(Teller):
