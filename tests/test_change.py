@@ -20,6 +20,7 @@ from forkd.errors import ForkdError
 from forkd.master import change
 from forkd.master.backoff import Slot
 from forkd.master.plan import Candidate
+from forkd.master.spawn import Exit
 from forkd.states import Mode
 
 
@@ -277,6 +278,20 @@ def test_a_helper_that_talks_nonsense_ends_the_change(stage: Stage, nonsense: di
     assert [answer["ok"] for answer in asker] == [False]
     assert "nobody understands" in asker[0]["error"]
     assert untouched(stage)
+
+
+def test_the_helper_of_a_change_that_has_failed_has_no_say_in_the_next(stage: Stage) -> None:
+    stage.ask("reload")
+    former = stage.helper
+    stage.fail_boot()
+    asker = stage.ask("reload")
+    assert stage.helper.generation != former.generation
+    stage.say({"event": "settings", "settings": {"wokers": "1"}}, former)
+    stage.crew.helper_ended(former, Exit(former.pid, 256, 0))
+    assert asker == []
+    assert stage.boot().settings.workers == 3
+    stage.finish()
+    assert [answer["ok"] for answer in asker] == [True]
 
 
 def test_a_helper_that_is_silent_about_a_listener_ends_the_change(stage: Stage) -> None:
