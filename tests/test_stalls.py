@@ -140,7 +140,7 @@ def test_a_reload_replaces_a_worker_that_stands_still(harness: Harness) -> None:
     daemon.signal(signal.SIGHUP)
     daemon.wait_log("reload: done, generation 2 serves")
     death = wait_death(daemon, victim)
-    assert death["cause"] == f"another generation serves; {CAUSE}"
+    assert death["cause"].endswith(CAUSE), "it does not say what it was killed for"
     assert all(echoes(client) for client in by_host[other])
     assert len(daemon.wait_workers(2, without={victim, other})) == 2
     assert all(echoes(client) for client in [harness.connect(daemon) for _ in range(4)] if read(client, GREETING))
