@@ -23,6 +23,7 @@ from forkd.master.spawn import HELPER, ChildMain, Exit, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.channel import Channel, channel_pair
+from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Row
 from forkd.system.sockets import BoundListener, bind_listener
 from forkd.wire import Message
@@ -120,7 +121,7 @@ class Stage:
         self.prepared: list[tuple[Any, ...]] = []
         self.state = State(
             generation, 2, cast(Any, None), cast(Any, control), cast(Any, errands), cast(Any, place),
-            cast(Crew, self.crew), Mode.RUNNING,
+            cast(Crew, self.crew), Notifier({}), Mode.RUNNING,
         )  # fmt: skip
         self.changes = Changes(self.state, cast(Logbook, self.logbook))
 
