@@ -217,7 +217,7 @@ def test_the_new_image_gets_the_command_line_and_the_descriptors_and_signals_wai
     assert RESUME not in os.environ
 
 
-def test_where_the_working_directory_is_gone_there_is_no_upgrade_and_the_master_lives(
+def test_where_the_working_directory_is_gone_the_master_tries_and_stays_in_it(
     tmp_path: Path, called: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = tmp_path / "gone"
@@ -226,9 +226,10 @@ def test_where_the_working_directory_is_gone_there_is_no_upgrade_and_the_master_
         patched.chdir(gone)
         gone.rmdir()
         gone.mkdir()  # another one, where the start's path leads to
-        with pytest.raises(ForkdError, match="No such file or directory"):
+        with pytest.raises(ForkdError, match="Exec format error"):
             upgrade.replace_image(estate(gone))
-    assert called.arguments == []
+        with pytest.raises(FileNotFoundError):
+            Path.cwd()
 
 
 def test_where_it_was_started_is_gone_there_is_no_upgrade(tmp_path: Path, called: Called) -> None:

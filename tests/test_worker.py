@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 class Polite(asyncio.Protocol):
-    """Greets and echoes; says goodbye when its worker drains, and closes, but waits for `bye` of who has said `wait`."""
+    """Greets and echoes; says goodbye when its worker drains, and closes; who has said `wait` says `bye` first."""
 
     heard = b""
 

@@ -112,6 +112,8 @@ class Worker:
         self._fit = False  # it serves, and has not told the master that it is worn
         self._draining = False
         self._ended = False
+        # Often enough that one heartbeat which is late, or falls just behind the master's look, is no stall.
+        self._beat_every = min(BEAT, settings.stall_timeout / 3) if settings.stall_timeout else BEAT
         self._next_beat = loop.time()
         self._title = ""
 
@@ -146,7 +148,7 @@ class Worker:
         return ProtocolServer(self._loop, factory, self._tally, bound.listener.limits.write_buffer)
 
     def _beat(self) -> None:
-        """Once a heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
+        """At each heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
         now, row = self._loop.time(), self._station.row
         row[Field.HEARTBEAT] = monotonic_ns()
         row[Field.LAG] = max(0, int((now - self._next_beat) * 1e9))
@@ -154,7 +156,7 @@ class Worker:
         self._balance.beat()
         if self._fit:
             self._look_for_wear(now)
-        self._next_beat = now + BEAT
+        self._next_beat = now + self._beat_every
         self._loop.call_at(self._next_beat, self._beat)
 
     def _look_for_wear(self, now: float) -> None:
