@@ -34,17 +34,26 @@ log = logging.getLogger("forkd")
 Reread = Callable[[], Settings]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Legacy:
     """What a running master lends to the one that is to succeed it.
 
     Attributes:
         lock: the descriptor that holds the pid file's lock.
         bound: its listeners; their settings say no more than where they listen.
+        connection: to its control socket; when everybody who has it has closed it, the master looks whether it has been
+            succeeded. -1 when this process has.
     """
 
     lock: int
     bound: Sequence[BoundListener]
+    connection: int
+
+    def hang_up(self) -> None:
+        """Closes the connection in this process."""
+        if self.connection >= 0:
+            os.close(self.connection)
+            self.connection = -1
 
 
 @dataclass(slots=True)
@@ -57,8 +66,9 @@ class Held:
 
     def descriptors(self) -> list[int]:
         """All that must stay open while the process detaches itself."""
-        lent = self.legacy.bound if self.legacy is not None else ()
-        return [self.run.pid_file.descriptor, *{s.fileno() for one in (*self.bound, *lent) for s in one.sockets}]
+        lent, connection = (self.legacy.bound, [self.legacy.connection]) if self.legacy is not None else ((), [])
+        sockets = {sock.fileno() for one in (*self.bound, *lent) for sock in one.sockets}
+        return [self.run.pid_file.descriptor, *connection, *sockets]
 
 
 def run_directory(settings: Settings) -> RunDirectory:
@@ -181,6 +191,8 @@ class Daemon:
 
         def abandon() -> None:
             self.held.run.pid_file.close()
+            if self.held.legacy is not None:
+                self.held.legacy.hang_up()
             self.hang_up()
 
         errands = Errands(
@@ -218,6 +230,7 @@ class Daemon:
             bound.lent = False
             if bound.address not in taken:
                 bound.remove()
+        legacy.hang_up()  # whoever started this process may be gone, and tell the other master nothing
 
 
 def preload(settings: Settings) -> None:
