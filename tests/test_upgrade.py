@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from changing import Changing, descriptors, listener, outcome
+from changing import Changing, descriptors, listener, outcome, wait_at_gate
 from clients import echoes
 from harness import Daemon, Harness
 from processes import PATIENCE, eventually, title, wait_end
@@ -172,7 +172,7 @@ def test_a_stop_while_the_new_image_boots_its_workers_stops(harness: Harness) ->
         daemon.wait_log("upgrade: begins")
         let(1)  # the dry run's
         daemon.wait_log("goes on as another image")
-        eventually(lambda: daemon.workers("booting"), what="the candidate")
+        wait_at_gate(lambda: daemon.workers("booting").values(), 2)
         daemon.signal(signal.SIGTERM)
         assert outcome(asked)[::2] == (1, "forkd: the upgrade failed, and tested goes on as before: the daemon stops\n")
         assert echoes(client)
