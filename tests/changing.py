@@ -1,9 +1,10 @@
-"""A daemon that changes while it runs: its settings stand in a file, its handler in a module, and tests rewrite both."""
+"""A daemon that changes while it runs: its settings stand in a file, its handler in a module; tests rewrite both."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from clients import read
-from harness import HANDLERS, Harness
-from processes import PATIENCE
+from clients import echoes, read
+from harness import HANDLERS, Harness, forkd
+from processes import PATIENCE, eventually
+
+from forkd import errors
 
 _HANDLER = """
 from forkd.builtin import Echo
@@ -96,8 +99,49 @@ class Changing:
     def bring_forkd(self) -> Path:
         """Gives the daemon a copy of forkd of its own, which its Python finds first, in its working directory."""
         copy = self.directory / "forkd"
-        shutil.copytree(Path(sys.modules["forkd"].__file__ or "").parent, copy)
+        shutil.copytree(Path(errors.__file__).parent, copy)
         return copy
+
+
+class Untouched:
+    """A daemon that runs, a client of it, and what must be the same after each change that fails."""
+
+    def __init__(self, site: Changing) -> None:
+        self.site, self.daemon, self.good = site, site.daemon.start(), dict(site.settings)
+        self.address, self.pid, self.workers = self.daemon.address, self.daemon.pid, self.daemon.workers()
+        self.descriptors = len(descriptors(self.pid))
+        self.client, _ = site.greet()
+
+    def fail(self, verb: str, why: str, *patterns: str) -> None:
+        """Has what the test has broken taken up, which must fail for this reason; then mends it."""
+        result = forkd(verb, *self.daemon.identity, cwd=HANDLERS)  # by a forkd that is not broken
+        assert (result.returncode, result.stdout) == (1, ""), f"{why}: {result}"
+        assert f"forkd: the {verb} failed, and tested goes on as before: " in result.stderr, why
+        for pattern in patterns:
+            assert re.search(pattern, result.stderr), f"{why}: {result.stderr}"
+        self.check(why)
+        self.site.settings = dict(self.good)
+        self.site.write()
+        self.site.code("first")
+
+    def check(self, why: str) -> None:
+        """Fails where one has changed something."""
+        status = self.daemon.status()
+        assert (status["pid"], status["generation"], status["change"], status["state"]) == (self.pid, 1, "", "running")
+        assert self.daemon.workers() == self.workers, why
+        assert [one["address"] for one in status["listeners"]] == [self.address], why
+        assert echoes(self.client), why
+        assert self.site.greet()[1] == "first", why
+
+    def end(self, verb: str) -> None:
+        """That the failures have cost nothing, and that the next change takes place."""
+        eventually(lambda: len(self.daemon.status()["workers"]) == 2, what="the end of the candidates")
+        eventually(lambda: len(descriptors(self.pid)) <= self.descriptors, what="as many descriptors as before")
+        self.site.code("later")
+        result = self.daemon.command(verb)
+        assert result.returncode == 0, result.stderr
+        assert self.site.greet()[1] == "later"
+        assert echoes(self.client)
 
 
 def listener(address: str, **more: Any) -> dict[str, Any]:
@@ -115,7 +159,8 @@ def descriptors(pid: int) -> set[str]:
     """A process's open descriptors, each with what it leads to."""
     found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        found.add(f"{entry.name} {os.readlink(entry)}")
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{entry.name} {os.readlink(entry)}")
     return found
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forkd.config.address import Address
 from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
-from forkd.config.units import MOST_WORKERS, Kind
+from forkd.config.units import JOURNAL, MOST_WORKERS, Kind
 
 ODD = [
     "[x]",
@@ -58,7 +58,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "file mode": st.integers(0, 0o7777),
     "text": TEXTS,
     "path": PATHS,
-    "path or stderr": PATHS,
+    "path or journal or stderr": PATHS | st.just(JOURNAL),
     "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
     "module:attribute": st.from_regex(
         r"[a-z_]{1,3}(\.[a-z_]{1,3})?:[A-Z][a-z0-9]{0,3}(\.[a-z_]{1,3})?", fullmatch=True

@@ -166,7 +166,11 @@ def test_a_streams_handler_sees_the_end_of_its_client_and_comes_to_its_own(harne
 
 def test_a_handler_that_never_comes_back_is_killed_after_the_time_to_drain(harness: Harness) -> None:
     daemon = harness.daemon(target="faulty:Faulty", workers=1, settings=("drain_timeout=100ms",)).run()
-    daemon.expect("kills worker 1 .* it did not end by its drain deadline", "has ended: killed by SIGKILL")
+    daemon.expect(
+        r"worker 1 .*: it did not end by its drain deadline; these are its stacks",
+        "kills worker 1 .* it did not end by its drain deadline",
+        "has ended: killed by SIGKILL",
+    )
     client, worker = harness.connect(daemon), daemon.workers()[1]
     assert echoes(client)
     client.sendall(b"loop")
@@ -276,13 +280,15 @@ def test_a_worker_that_still_boots_goes_with_its_master_too(harness: Harness, tm
         daemon.start()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_signals_without_a_meaning_harm_nobody(harness: Harness, signum: signal.Signals) -> None:
+def test_signals_to_the_whole_process_group_leave_the_workers_to_the_master(harness: Harness) -> None:
     daemon = harness.daemon().run()
     client, master, workers = harness.connect(daemon), daemon.pid, daemon.workers()
     assert echoes(client)
-    os.killpg(os.getpgid(master), signum)
-    daemon.wait_log(f"ignores {signum.name}")
+    os.killpg(os.getpgid(master), signal.SIGUSR1)
+    daemon.wait_log("opened .* anew")
     assert (daemon.pid, daemon.workers()) == (master, workers)
+    os.killpg(os.getpgid(master), signal.SIGHUP)
+    daemon.wait_log("reload: done")
+    assert not {*daemon.wait_workers(2).values()} & {*workers.values()}
     assert echoes(client)
     assert echoes(harness.connect(daemon))

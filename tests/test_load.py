@@ -93,7 +93,7 @@ FOUND = """\
 15:15: boot_timeout: '30' has no unit; did you mean 30s?
 16:16: drain_timeout: expected a duration, found a sequence
 18:10: log.level: tags such as tag:yaml.org,2002:python/name:os.system have no meaning here
-19:6: log.to: has no value; expected a path or stderr
+19:6: log.to: has no value; expected a path or journal or stderr
 20:14: python_path: expected a sequence, found '/srv'
 21:1: a sequence: unknown setting; there are name, workers, listen
 """

@@ -42,7 +42,10 @@ def words(text: str) -> list[str]:
         ("stert", "there is no command 'stert'; did you mean 'start'?"),
         ("strat --workers 2", "did you mean 'start'?"),
         ("statsu --json", "did you mean 'status'?"),
-        ("reboot-all", "there is no command 'reboot-all'; there are run, start, restart, check, stop, status"),
+        (
+            "reboot-all",
+            "there is no command 'reboot-all'; there are run, start, restart, check, stop, reload, upgrade, status",
+        ),
         ("--nonsense", "required: COMMAND"),
         ("start --nonsense", "unrecognized arguments: --nonsense; see forkd --help"),
         ("start --work 2", "unrecognized arguments: --work"),

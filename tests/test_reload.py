@@ -154,7 +154,7 @@ def test_a_stop_during_a_reload_stops_and_whoever_waits_is_told(harness: Harness
     site = Changing(harness)
     daemon = site.daemon.start()
     daemon.expect("reload: failed, and nothing has changed: the daemon stops")
-    client, _ = site.greet()
+    (client, _), master = site.greet(), daemon.pid
     with site.gate("later"):
         asked = [site.begin("reload")]
         eventually(lambda: daemon.workers("booting"), what="the candidate")
@@ -167,7 +167,7 @@ def test_a_stop_during_a_reload_stops_and_whoever_waits_is_told(harness: Harness
         refused = daemon.command("reload")
         assert (refused.returncode, refused.stderr.splitlines()[-1][-22:]) == (1, "the daemon is draining")
         client.close()
-        wait_end(daemon.pid)
+        wait_end(master)
 
 
 def test_a_reload_that_is_asked_for_during_the_start_follows_it(harness: Harness) -> None:

@@ -6,15 +6,14 @@ The daemon serves on with the same workers, who was connected stays so, and what
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from changing import Changing, descriptors, listener
-from clients import echoes, is_free
+from changing import Changing, Untouched, listener
+from clients import is_free
 from harness import Harness
 from processes import eventually
 
@@ -58,49 +57,6 @@ BROKEN_CODE: dict[str, tuple[str, list[str]]] = {
 }
 
 
-class Untouched:
-    """A daemon that runs, a client of it, and what must be the same after each reload that fails."""
-
-    def __init__(self, site: Changing) -> None:
-        self.site, self.daemon, self.good = site, site.daemon.start(), dict(site.settings)
-        self.address, self.pid, self.workers = self.daemon.address, self.daemon.pid, self.daemon.workers()
-        self.descriptors = len(descriptors(self.pid))
-        self.client, _ = site.greet()
-
-    def fail(self, why: str, *patterns: str) -> None:
-        """Reloads what the test has broken, which must fail for this reason; then mends it."""
-        result = self.daemon.command("reload")
-        assert (result.returncode, result.stdout) == (1, ""), f"{why}: {result}"
-        assert "forkd: the reload failed, and tested goes on as before: " in result.stderr, why
-        for pattern in patterns:
-            assert re.search(pattern, result.stderr), f"{why}: {result.stderr}"
-        self.check(why)
-        self.site.settings = dict(self.good)
-        self.site.write()
-        self.site.code("first")
-
-    def check(self, why: str) -> None:
-        """Fails where a reload has changed something."""
-        status = self.daemon.status()
-        assert (status["pid"], status["generation"], status["change"], status["state"]) == (self.pid, 1, "", "running")
-        assert self.daemon.workers() == self.workers, why
-        assert [one["address"] for one in status["listeners"]] == [self.address], why
-        assert echoes(self.client), why
-        assert self.site.greet()[1] == "first", why
-
-    def end(self) -> None:
-        """That the failures have cost nothing, and that the next reload takes place."""
-        clients = self.daemon.status()["workers"]
-        assert sum(one["clients"] for one in clients) > 0
-        eventually(lambda: len(self.daemon.status()["workers"]) == 2, what="the end of the candidates")
-        eventually(lambda: len(descriptors(self.pid)) <= self.descriptors, what="as many descriptors as before")
-        self.site.code("later")
-        result = self.daemon.command("reload")
-        assert result.returncode == 0, result.stderr
-        assert self.site.greet()[1] == "later"
-        assert echoes(self.client)
-
-
 def test_what_is_wrong_with_the_settings_is_told_and_changes_nothing(harness: Harness) -> None:
     site = Changing(harness)
     untouched = Untouched(site)
@@ -111,8 +67,8 @@ def test_what_is_wrong_with_the_settings_is_told_and_changes_nothing(harness: Ha
     for why, (spoil, patterns) in BROKEN_FILES.items():
         spoil(site)
         site.daemon.expect(f"(?s)reload: failed, and nothing has changed: .*{patterns[0]}")
-        untouched.fail(why, *patterns)
-    untouched.end()
+        untouched.fail("reload", why, *patterns)
+    untouched.end("reload")
 
 
 def test_what_is_wrong_with_a_handler_is_told_and_changes_nothing(harness: Harness) -> None:
@@ -121,12 +77,12 @@ def test_what_is_wrong_with_a_handler_is_told_and_changes_nothing(harness: Harne
     untouched = Untouched(site)
     for why, (source, patterns) in BROKEN_CODE.items():
         site.code("later", source)
-        untouched.fail(why, *patterns)
+        untouched.fail("reload", why, *patterns)
     site.write(listen=[listener("tcp://127.0.0.1:0", handler="nowhere.at_all:Handler")])
-    untouched.fail("is not there", "there is no module 'nowhere'")
+    untouched.fail("reload", "is not there", "there is no module 'nowhere'")
     site.write(listen=[listener("tcp://127.0.0.1:0", handler="says:Sags")])
-    untouched.fail("lacks its name", "has no attribute 'Sags'")
-    untouched.end()
+    untouched.fail("reload", "lacks its name", "has no attribute 'Sags'")
+    untouched.end("reload")
 
 
 @pytest.mark.parametrize("why", ["an address in use", "a handler"])
@@ -143,13 +99,13 @@ def test_what_was_bound_for_a_reload_that_fails_is_free_again(harness: Harness, 
             site.daemon.expect("worker . .* has ended: exit status 3")
             site.write(listen=listeners)
             site.code("later", "1 / 0\n")
-            untouched.fail(why, "ZeroDivisionError")
+            untouched.fail("reload", why, "ZeroDivisionError")
         else:
             site.write(listen=[*listeners, listener(held)])
-            untouched.fail(why, f"{held} is in use by .*, pid {os.getpid()}")
+            untouched.fail("reload", why, f"{held} is in use by .*, pid {os.getpid()}")
     assert not path.exists()
     eventually(lambda: is_free(free), what="the port free")
-    untouched.end()
+    untouched.end("reload")
 
 
 def test_workers_that_never_boot_end_a_reload_with_their_stacks_in_the_log(harness: Harness) -> None:
@@ -159,9 +115,9 @@ def test_workers_that_never_boot_end_a_reload_with_their_stacks_in_the_log(harne
     daemon.expect("has ended: killed by SIGKILL, it was not ready by its boot_timeout", "reload: failed")
     untouched = Untouched(site)
     with site.gate("later"):
-        untouched.fail("never boots", "worker . .*it was not ready by its boot_timeout")
+        untouched.fail("reload", "never boots", "worker . .*it was not ready by its boot_timeout")
         daemon.wait_log(r'worker . \(pid \d+\) on stderr: (.*\n  \| )*.*File ".*/says\.py", line 4 in <module>')
-    untouched.end()
+    untouched.end("reload")
 
 
 def test_a_reload_of_what_does_not_run_fails(harness: Harness) -> None:

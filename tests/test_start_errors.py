@@ -96,7 +96,11 @@ def test_a_missing_module_is_named_with_where_it_was_looked_for(harness: Harness
 def test_a_worker_that_is_not_ready_in_time_ends_the_start(harness: Harness, verb: str) -> None:
     os.mkfifo(harness.directory / "gate")
     daemon = harness.daemon(target="gate:Echo", workers=1, settings=("boot_timeout=300ms",))
-    daemon.expect("kills worker 1 .*boot_timeout", "has ended: killed by SIGKILL, it was not ready by its boot_timeout")
+    daemon.expect(
+        "worker 1 .*boot_timeout; these are its stacks",
+        "kills worker 1 .*boot_timeout",
+        "has ended: killed by SIGKILL, it was not ready by its boot_timeout",
+    )
     assert "not ready by its boot_timeout" in refuse(daemon, verb)
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
+from forkd import signals
 from forkd.app.assembly import Daemon, Held, enter_directory, preload, run_directory
 from forkd.app.check import check_addresses
 from forkd.app.prepare import check_reloadable
@@ -16,6 +17,7 @@ from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.master.heritage import Heritage, handed_settings
 from forkd.system.logs import start_logging
+from forkd.system.process import dump_stacks_on
 
 log = logging.getLogger("forkd")
 
@@ -44,6 +46,7 @@ def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     """All that could go wrong later, changing nothing."""
     from forkd.serve.worker import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
 
+    dump_stacks_on(signals.DUMP)
     settings = reread()
     check_reloadable(_as_started(present, settings), settings)
     ours = {str(listener.address) for listener in present.listen}

@@ -116,6 +116,7 @@ class Changes:
     def _begin(self, change: Change) -> None:
         self.current = change
         change.number = 1 + max(self._state.generation.number, *(w.generation for w in self._crew.workers.values()), 0)
+        self._crew.slots.pop(change.number, None)  # a generation that failed may have had the same number
         if change.verb != DIFF:
             log.info("%s: begins", change.verb)
         self._help(change)
@@ -127,7 +128,7 @@ class Changes:
         def main(row: Row, channel: Channel) -> int:
             signal_when_parent_dies(signals.KILL, pid)  # it has copies of the listeners, and may hang
             if change.verb == UPGRADE:
-                return try_image(state.heritage([]))
+                return _try_image(state, channel)
             return state.errands.prepare(state.generation, change.verb, channel)
 
         self._crew.spawn(HELPER, change.number, main)
@@ -170,11 +171,12 @@ class Changes:
 
     def _upgrade(self, change: Change) -> None:
         log.info("upgrade: the new code can start; goes over to it")
-        self._state.notifier.send(
-            "WATCHDOG=1"
-        )  # it will not hear of us for the time that an interpreter takes to start
+        # The watchdog will not hear of us for the time that an interpreter takes to start.
+        self._state.notifier.send("WATCHDOG=1")
+        # The new image begins with a reload, which is what those who wait have asked for too.
+        replies = change.replies + (self._next.replies if self._next is not None else [])
         try:
-            replace_image(self._state.heritage([reply.fileno() for reply in change.replies if reply.fileno() >= 0]))
+            replace_image(self._state.heritage([reply.fileno() for reply in replies if reply.fileno() >= 0]))
         except ForkdError as error:
             self.fail(str(error))
 
@@ -258,6 +260,15 @@ class Changes:
             self.current = None
         for reply in change.replies:
             reply(outcome)
+
+
+def _try_image(state: State, channel: Channel) -> int:
+    """In a helper: tries the code that is there now, or tells why that can't be; its exit status."""
+    try:
+        return try_image(state.heritage([]))
+    except ForkdError as error:
+        channel.send({"event": "failed", "reason": str(error)})
+        return 1
 
 
 def _reason(worker: Worker, ended: Exit, found: Message) -> tuple[str, str]:

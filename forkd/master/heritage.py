@@ -28,6 +28,9 @@ from forkd.system.sockets import BoundListener
 #: Of what is handed over. Another number is another form, which this code does not read.
 FORMAT = 1
 
+#: What reading comes to where something is missing, or is not what it should be.
+_WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -112,7 +115,7 @@ class Heritage:
         """What another image wrote there, its descriptors opened. Raises ForkdError as `handed_settings`."""
         try:
             return cls._of(_load(descriptor))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _WRONG as error:
             raise _broken(error) from None
 
     @classmethod
@@ -145,7 +148,7 @@ def handed_settings(descriptor: int) -> Settings:
     """
     try:
         return from_plain(_load(descriptor)["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _WRONG as error:
         raise _broken(error) from None
 
 

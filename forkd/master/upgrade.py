@@ -24,8 +24,9 @@ def try_image(heritage: Heritage) -> int:
         ForkdError: there is no such image.
     """
     for signum in signals.WORKER_IGNORES:  # what is ignored stays so through execve(2)
-        signal.signal(signum, signal.SIG_DFL)
-    descriptor = heritage.write()
+        if signum is not signals.DUMP:  # it would end before it could tell why
+            signal.signal(signum, signal.SIG_DFL)
+    descriptor = _written(heritage)
     os.set_inheritable(descriptor, True)
     _run(f"check:{descriptor}", heritage.place.directory)
 
@@ -36,11 +37,8 @@ def replace_image(heritage: Heritage) -> NoReturn:
     Raises:
         ForkdError: that can't be done; then nothing has changed.
     """
-    directory = os.getcwd()
-    try:
-        descriptor = heritage.write()
-    except OSError as error:
-        raise ForkdError(f"can't hand over the state: {error.strerror}") from None
+    directory = os.open(".", os.O_PATH)  # it may have been removed since
+    descriptor = _written(heritage)
     handed = [descriptor, *heritage.descriptors()]
     # What arrives from now on waits until the next image listens for it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -53,7 +51,15 @@ def replace_image(heritage: Heritage) -> NoReturn:
             os.set_inheritable(number, False)
         os.close(descriptor)
         os.chdir(directory)
+        os.close(directory)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _written(heritage: Heritage) -> int:
+    try:
+        return heritage.write()
+    except OSError as error:
+        raise ForkdError(f"can't hand over the state: {error.strerror}") from None
 
 
 def _run(state: str, directory: str) -> NoReturn:

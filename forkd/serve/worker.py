@@ -1,16 +1,18 @@
 """A worker: wires listeners, handlers and the poll loop together, serves until told to drain, and ends.
 
-`run_worker` is what a forked child runs. It reports on its channel: ready, or why it could not boot. The master speaks
-to it by signals, and hands it a new log file on the channel; end of file there means that the master is dead, and then
-the worker is soon gone too.
+`run_worker` is what a forked child runs. It reports on its channel: ready, or why it could not boot; and that it has
+served enough. The master speaks to it by signals, and on the channel of what no signal can carry; end of file there
+means that the master is dead, and then the worker is soon gone too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +28,11 @@ from forkd.serve.handlers.load import Handler, add_to_path, load_handler
 from forkd.serve.handlers.protocol import ProtocolServer
 from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import IN, PollLoop
+from forkd.serve.recycling import Wear
 from forkd.serve.transport import Transport
 from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.logs import replace_log, set_role
-from forkd.system.process import dump_stacks_on, set_title, signal_when_parent_dies
+from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
 
@@ -104,6 +107,9 @@ class Worker:
         loop.on_error = self._tally.failed
         self._balance = Balance(loop, board, self._tally)
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
+        self._born = loop.time()
+        self._wear = Wear(settings.recycle, random.random())  # noqa: S311
+        self._fit = False  # it serves, and has not told the master that it is worn
         self._draining = False
         self._ended = False
         # Often enough that one heartbeat which is late, or falls just behind the master's look, is no stall.
@@ -121,6 +127,8 @@ class Worker:
         channel = self._station.channel
         self._loop.selector.served[channel.fileno()] = self._channel_ready
         self._loop.selector.epoll.register(channel.fileno(), IN)
+        if self._wear.memory and (warning := self._wear.begin(resident_memory())):
+            log.warning("%s", warning)
         self._beat()
         channel.send({"event": "ready"})
         self._balance.start(
@@ -130,6 +138,7 @@ class Worker:
                 for sock in bound.sockets
             ]
         )
+        self._fit = True
         log.debug("serves")
 
     def _server(self, bound: BoundListener, handler: Handler) -> ProtocolServer:
@@ -145,8 +154,18 @@ class Worker:
         row[Field.LAG] = max(0, int((now - self._next_beat) * 1e9))
         self._show()
         self._balance.beat()
+        if self._fit:
+            self._look_for_wear(now)
         self._next_beat = now + self._beat_every
         self._loop.call_at(self._next_beat, self._beat)
+
+    def _look_for_wear(self, now: float) -> None:
+        """Tells the master, once, when this worker has served enough. It serves on: the master will have it drain."""
+        memory = resident_memory() if self._wear.memory else 0
+        if why := self._wear.worn(self._tally.accepted, now - self._born, memory):
+            self._fit = False
+            with contextlib.suppress(ChannelClosed):  # the master is gone, of which the channel will tell
+                self._station.channel.send({"event": "worn", "why": why})
 
     def _show(self) -> None:
         state = "draining, " if self._draining else ""
@@ -175,8 +194,10 @@ class Worker:
             self.drain(ORPHANED)
             return
         for message in messages:
-            if message.get("order") == "log":
+            if message.get("order") == "log" and channel.descriptors:
                 replace_log(channel.descriptors.pop(0))
+            else:
+                log.warning("the master says what this worker does not understand: %r", message)
 
     def drain(self, seconds: float | None = None) -> None:
         """Takes no more clients; ends when those that are here have gone, or when their time is up."""
@@ -185,7 +206,7 @@ class Worker:
         if seconds is None:
             seconds = self._settings.drain_timeout
         if not self._draining:
-            self._draining = True
+            self._draining, self._fit = True, False
             drain.begin()
             transports = self._transports()  # those that are here; one that comes yet is asked when it is connected
             self._balance.stop()

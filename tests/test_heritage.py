@@ -1,0 +1,328 @@
+"""What one image of the master hands over to the next: all of it arrives, and what is of another form or not whole is
+refused in one sentence, before anything is given up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn import SETTINGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forkd.config.address import parse_address
+from forkd.config.options import Listener, Settings
+from forkd.errors import ForkdError
+from forkd.master.backoff import Slot
+from forkd.master.generation import Generation
+from forkd.master.heritage import FORMAT, Heritage, Place, handed_settings
+from forkd.master.spawn import LAST_WORDS, Worker
+from forkd.states import Life
+from forkd.system.channel import channel_pair
+from forkd.system.scoreboard import Field, Scoreboard
+from forkd.system.sockets import bind_all
+
+
+def listeners(path: Path) -> tuple[Listener, ...]:
+    addresses = ["tcp://127.0.0.1:0", f"unix:{path}/s"]
+    return tuple(Listener(address=parse_address(one), handler="a:b") for one in addresses)
+
+
+class Estate:
+    """A running master's state, with real descriptors."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        bound = bind_all(listeners(path))
+        for one in bound:
+            stack.callback(one.remove)
+        board = Scoreboard(8)
+        stack.callback(os.close, board.descriptor)
+        self.workers = [self.worker(number, board, stack) for number in (1, 2)]
+        self.heritage = Heritage(
+            place=Place("/somewhere", detached=True, lock=100),
+            generation=Generation(7, Settings(listen=listeners(path), workers=2), bound, 101),
+            wanted=3,
+            started=1234.5,
+            control=102,
+            board=board,
+            workers=self.workers,
+            slots={1: Slot(2, 17.5), 3: Slot()},
+            deaths=[{"slot": 2, "words": ["a", "b"], "age": 0.5}],
+            clients=[103, 104],
+        )
+
+    def worker(self, number: int, board: Scoreboard, stack: ExitStack) -> Worker:
+        ours, theirs = channel_pair()
+        stack.callback(ours.close)
+        stack.callback(theirs.close)
+        row = board.claim()
+        row[Field.PID] = 50 + number
+        return Worker(50 + number, number, 7, row, ours, 90 + number, Life.SERVING, since=3.0, born=2.0, ready_at=3.0)
+
+
+@pytest.fixture
+def estate(tmp_path: Path) -> Iterator[Estate]:
+    with ExitStack() as stack:
+        yield Estate(tmp_path, stack)
+
+
+def written(heritage: Heritage) -> dict[str, Any]:
+    """What stands in the file."""
+    descriptor = heritage.write()
+    try:
+        found: dict[str, Any] = json.loads(os.pread(descriptor, 1 << 20, 0))
+        return found
+    finally:
+        os.close(descriptor)
+
+
+def read(data: bytes, reader: Callable[[int], Any] = Heritage.read) -> Any:
+    descriptor = os.memfd_create("test")
+    try:
+        os.write(descriptor, data)
+        return reader(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_copy(heritage: Heritage) -> Heritage:
+    """The heritage as the next image reads it, by copies of the descriptors: here both are in one process."""
+    plain = written(heritage)
+    for one in plain["listeners"]:
+        one["descriptors"] = [os.dup(number) for number in one["descriptors"]]
+    for worker in plain["workers"]:
+        if worker["channel"] >= 0:
+            worker["channel"] = os.dup(worker["channel"])
+    plain["board"]["descriptor"] = os.dup(plain["board"]["descriptor"])
+    found: Heritage = read(json.dumps(plain).encode())
+    return found
+
+
+def close(heritage: Heritage) -> None:
+    for bound in heritage.generation.bound:
+        bound.close()
+    for worker in heritage.workers:
+        worker.channel.close()
+    os.close(heritage.board.descriptor)
+
+
+def test_all_of_it_arrives(estate: Estate) -> None:
+    before = estate.heritage
+    after = read_copy(before)
+    assert (after.place, after.wanted, after.started, after.control) == (before.place, 3, 1234.5, 102)
+    assert (after.generation.number, after.generation.settings) == (7, before.generation.settings)
+    assert (after.generation.log, after.slots, after.deaths, after.clients) == (
+        101,
+        before.slots,
+        before.deaths,
+        [103, 104],
+    )
+    for ours, theirs in zip(before.generation.bound, after.generation.bound, strict=True):
+        assert (theirs.address, theirs.inode, theirs.listener) == (ours.address, ours.inode, ours.listener)
+        assert [sock.getsockname() for sock in theirs.sockets] == [sock.getsockname() for sock in ours.sockets]
+        assert not theirs.lent
+    close(after)
+
+
+def test_the_scoreboard_is_the_same_memory(estate: Estate) -> None:
+    after = read_copy(estate.heritage)
+    estate.workers[1].row[Field.ACCEPTED] = 42
+    assert after.workers[1].row[Field.ACCEPTED] == 42
+    assert (after.board.capacity, after.board.used) == (8, 2)
+    close(after)
+
+
+def test_a_worker_is_known_and_heard_as_before(estate: Estate) -> None:
+    one = estate.workers[0]
+    one.life, one.killed_as, one.heard, one.worn = Life.KILLED, Life.DRAINING, True, "it is old"
+    one.cause, one.unfinished, one.since = "it did not end", "half a li", 8.25
+    one.words.extend(["first", "ü\n"])
+    after = read_copy(estate.heritage)
+    found = after.workers[0]
+    assert replace(found, row=one.row, channel=one.channel) == one
+    assert os.path.sameopenfile(found.channel.fileno(), one.channel.fileno())
+    assert found.words == deque(["first", "ü\n"])
+    assert found.words.maxlen == LAST_WORDS
+    close(after)
+
+
+@pytest.mark.parametrize("life", [life for life in Life if life is not Life.GONE])
+def test_a_worker_is_about_what_it_was_about_before(estate: Estate, life: Life) -> None:
+    estate.workers[1].life, estate.workers[1].ready_at = life, None
+    after = read_copy(estate.heritage)
+    assert (after.workers[1].life, after.workers[1].killed_as, after.workers[1].ready_at) == (life, None, None)
+    close(after)
+
+
+def test_a_worker_that_says_nothing_any_more_does_not_begin_to(estate: Estate) -> None:
+    one = estate.workers[0]
+    one.channel.close()
+    one.heard, one.stderr = False, -1
+    assert {one.channel.fileno(), one.stderr} == {-1}
+    after = read_copy(estate.heritage)
+    assert (after.workers[0].channel.fileno(), after.workers[0].stderr, after.workers[0].heard) == (-1, -1, False)
+    close(after)
+
+
+def test_a_worker_may_be_told_again_to_write_its_stacks(estate: Estate) -> None:
+    """When it was told before is not handed over: the next image gives it the same time once more."""
+    estate.workers[0].dumped = 9.0
+    after = read_copy(estate.heritage)
+    assert after.workers[0].dumped == -inf
+    close(after)
+
+
+def test_the_descriptors_that_must_stay_open_are_all_that_are_handed_over(estate: Estate) -> None:
+    estate.workers[1].channel.close()
+    estate.workers[1].stderr = -1
+    heritage = estate.heritage
+    sockets = [sock.fileno() for bound in heritage.generation.bound for sock in bound.sockets]
+    rest = [estate.workers[0].channel.fileno(), estate.workers[0].stderr, heritage.board.descriptor]
+    found = heritage.descriptors()
+    assert sorted(found) == sorted([100, 101, 102, 103, 104, *sockets, *rest])
+
+
+def test_the_file_goes_to_no_program_unasked_and_leaves_no_name(estate: Estate) -> None:
+    descriptor = estate.heritage.write()
+    assert not os.get_inheritable(descriptor)
+    assert "forkd-state (deleted)" in os.readlink(f"/proc/self/fd/{descriptor}")
+    os.close(descriptor)
+
+
+def test_reading_leaves_the_file_to_be_read_again(estate: Estate) -> None:
+    descriptor = estate.heritage.write()
+    assert handed_settings(descriptor) == handed_settings(descriptor) == estate.heritage.generation.settings
+    os.close(descriptor)
+
+
+@settings(max_examples=50, deadline=None)
+@given(drawn=SETTINGS, deaths=st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=3))
+def test_any_settings_and_any_last_words_arrive(drawn: Settings, deaths: list[dict[str, Any]]) -> None:
+    board = Scoreboard(2)
+    heritage = Heritage(Place("/", False, -1), Generation(1, drawn, [], -1), 1, 0.0, -1, board, [], {}, deaths, [])
+    descriptor = heritage.write()
+    try:
+        assert handed_settings(descriptor) == drawn
+        assert written(heritage)["deaths"] == deaths
+    finally:
+        os.close(descriptor)
+        os.close(board.descriptor)
+
+
+def other_format(plain: dict[str, Any]) -> None:
+    plain["format"] = FORMAT + 1
+
+
+def other_fields(plain: dict[str, Any]) -> None:
+    plain["board"]["fields"].append("NOVELTY")
+
+
+def fewer_fields(plain: dict[str, Any]) -> None:
+    del plain["board"]["fields"][-1]
+
+
+@pytest.mark.parametrize("change", [other_format, other_fields, fewer_fields])
+@pytest.mark.parametrize("reader", [Heritage.read, handed_settings])
+def test_another_form_is_refused_with_what_to_do(
+    estate: Estate, change: Callable[[dict[str, Any]], None], reader: Callable[[int], Any]
+) -> None:
+    plain = written(estate.heritage) | {"version": "99.1"}
+    change(plain)
+    with pytest.raises(ForkdError, match=r"can't take over from forkd 99\.1.*`forkd restart`"):
+        read(json.dumps(plain).encode(), reader)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"1", b"\xff\xfe", b'{"format": 1}', b'"x"'])
+@pytest.mark.parametrize("reader", [Heritage.read, handed_settings])
+def test_what_is_no_state_is_refused(data: bytes, reader: Callable[[int], Any]) -> None:
+    with pytest.raises(ForkdError, match=r"^what was handed over is not whole: "):
+        read(data, reader)
+
+
+def test_a_descriptor_that_is_none_is_refused() -> None:
+    closed = os.memfd_create("test")
+    os.close(closed)
+    for reader in (Heritage.read, handed_settings):
+        with pytest.raises(ForkdError, match=r"^what was handed over is not whole: .*Bad file descriptor"):
+            reader(closed)
+
+
+def test_a_state_that_was_cut_off_is_refused(estate: Estate) -> None:
+    data = json.dumps(written(estate.heritage)).encode()
+    for length in range(1, len(data), 97):
+        with pytest.raises(ForkdError, match=r"^what was handed over is not whole: "):
+            read(data[:length])
+
+
+KEYS = ["format", "place", "generation", "settings", "listeners", "log", "wanted", "started", "control", "board"]
+KEYS += ["workers", "slots", "deaths", "clients"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_state_that_lacks_something_is_refused(estate: Estate, key: str) -> None:
+    plain = written(estate.heritage)
+    assert set(KEYS) == set(plain) - {"version"}
+    plain["listeners"] = plain["workers"] = []  # theirs are this process's own descriptors
+    plain["settings"]["listen"] = plain["settings"]["listen"][:1]
+    del plain[key]
+    with pytest.raises(ForkdError, match=r"^what was handed over is not whole: "):
+        read(json.dumps(plain).encode())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("place", {"directory": "/"}),
+        ("place", {"directory": "/", "detached": True, "lock": 1, "more": 2}),
+        ("settings", {"wokers": "2"}),
+        ("settings", []),
+        ("listeners", [{}]),
+        ("listeners", []),
+        ("slots", {"one": [0, 0.0]}),
+        ("slots", {"1": [0, 0.0, 0]}),
+        ("slots", []),
+        ("workers", [{}]),
+        ("workers", [{"row": 8}]),
+        ("workers", [{"row": -1}]),
+        ("workers", [{"life": "asleep"}]),
+        ("workers", [{"channel": "x"}]),
+        ("board", {"capacity": "x"}),
+        ("board", {"capacity": -5}),
+        ("board", {"capacity": 8, "descriptor": 10**6}),
+    ],
+)
+def test_a_state_with_something_wrong_in_it_is_refused(estate: Estate, key: str, value: Any) -> None:
+    plain = written(estate.heritage)
+    one = plain["workers"][0] | {"channel": -1}
+    mapped = os.dup(plain["board"]["descriptor"])
+    plain["listeners"] = [one | {"sockets": 0, "descriptors": []} for one in plain["listeners"]]
+    plain["workers"], plain["board"]["descriptor"] = [], mapped
+    if key == "workers" and value[0]:
+        value = [one | value[0]]
+    elif key == "board":
+        value = plain["board"] | value
+    plain[key] = value
+    with pytest.raises(ForkdError) as caught:
+        read(json.dumps(plain).encode())
+    os.close(mapped)
+    assert str(caught.value)
+
+
+def test_a_listener_whose_descriptor_is_no_socket_is_refused(estate: Estate) -> None:
+    plain = written(estate.heritage)
+    reader, writer = os.pipe()
+    plain["workers"] = []
+    plain["listeners"] = [one | {"descriptors": [reader]} for one in plain["listeners"]]
+    with pytest.raises(ForkdError, match=r"^what was handed over is not whole: "):
+        read(json.dumps(plain).encode())
+    os.close(reader)
+    os.close(writer)

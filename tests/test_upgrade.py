@@ -1,0 +1,180 @@
+"""Upgrades in place: another image of the master under the same PID, with the same clients, addresses and state.
+
+Those that are refused are in `test_upgrade_errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from changing import Changing, descriptors, listener, outcome
+from clients import echoes
+from harness import Daemon, Harness
+from processes import PATIENCE, eventually, title, wait_end
+
+VERSION = '__version__ = "99.0"\n'
+
+
+def begin(daemon: Daemon, verb: str) -> Daemon:
+    """Starts a daemon in the foreground or in the background."""
+    return daemon.run() if verb == "run" else daemon.start()
+
+
+@pytest.mark.parametrize(("verb", "way"), [("run", "signal"), ("start", "command")])
+def test_an_upgrade_goes_over_to_the_code_that_is_there_now(
+    harness: Harness, tmp_path: Path, verb: str, way: str
+) -> None:
+    site = Changing(harness, listen=[listener("tcp://127.0.0.1:0"), listener(f"unix:{tmp_path / 'sock'}")])
+    copy = site.bring_forkd()
+    daemon = begin(site.daemon, verb)
+    before, old, inode = daemon.status(), daemon.workers(), (tmp_path / "sock").stat().st_ino
+    clients = [site.greet(where)[0] for where in (daemon.address, f"unix:{tmp_path / 'sock'}") for _ in range(3)]
+    (copy / "__init__.py").write_text('"""A later forkd."""\n' + VERSION)
+    site.code("later")
+    site.write(workers=3)
+    if way == "signal":
+        daemon.signal(signal.SIGUSR2)
+        daemon.wait_log("reload: done, generation 2 serves")
+    else:
+        result = daemon.command("upgrade")
+        assert (result.returncode, result.stdout) == (0, "tested upgraded: 3 workers of generation 2\n"), result.stderr
+    after = daemon.status()
+    assert (after["pid"], after["started"]) == (before["pid"], before["started"])
+    assert (before["version"] == "99.0", after["version"] == "99.0") == (False, True)
+    assert after["listeners"] == before["listeners"]
+    assert (tmp_path / "sock").stat().st_ino == inode
+    assert title(daemon.pid) == "forkd: tested master"
+    assert daemon.wait_workers(3, without=old.values()).keys() == {1, 2, 3}
+    assert daemon.workers("draining") == old
+    assert site.greet()[1] == site.greet(f"unix:{tmp_path / 'sock'}")[1] == "later"
+    assert all(echoes(client) for client in clients)
+    assert int((daemon.run_directory / "pid").read_text()) == daemon.pid
+    assert daemon.command("start").stdout == f"tested is already running, pid {daemon.pid}\n"
+    assert b"FORKD_RESUME" not in Path(f"/proc/{next(iter(daemon.workers().values()))}/environ").read_bytes()
+    for client in clients:
+        client.close()
+    for pid in old.values():
+        wait_end(pid)
+    assert daemon.command("stop", "--now").returncode == 0
+    assert daemon.process is None or daemon.process.wait(PATIENCE) == 0
+
+
+def test_an_upgrade_keeps_deaths_the_scaled_number_of_workers_and_what_they_are_known_for(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.start()
+    daemon.expect("worker 1 .* has ended: killed by SIGKILL")
+    victim = daemon.workers()[1]
+    os.kill(victim, signal.SIGKILL)
+    daemon.wait_workers(2, without={victim})
+    assert daemon.command("scale", 3).returncode == 0
+    before = daemon.status()
+    assert daemon.command("upgrade").returncode == 0
+    after = daemon.status()
+    assert after["wanted"] == len(daemon.workers()) == 3
+    assert after["deaths"][: len(before["deaths"])] == before["deaths"]
+    assert [one["slot"] for one in before["deaths"]] == [1]
+    # Who was hurt before is still heard, and buried, after.
+    worker = daemon.workers()[2]
+    daemon.expect("worker 2 .* has ended: killed by SIGABRT")
+    os.kill(worker, signal.SIGABRT)
+    daemon.wait_workers(3, without={worker})
+    assert daemon.status()["deaths"][-1]["pid"] == worker
+
+
+def test_old_workers_are_looked_after_by_the_new_image(harness: Harness) -> None:
+    site = Changing(
+        harness, drain_timeout="500ms", workers=1, listen=[listener("tcp://127.0.0.1:0", handler="talks:Talks")]
+    )
+    (site.directory / "talks.py").write_text(
+        "import sys\n"
+        "from forkd.builtin import Echo\n"
+        "class Talks(Echo):\n"
+        "    def data_received(self, data):\n"
+        "        print(data.decode(), file=sys.stderr, flush=True)\n"
+        "        while data == b'loop':\n"
+        "            pass\n"
+        "        super().data_received(data)\n"
+    )
+    daemon = site.daemon.start()
+    daemon.expect(
+        "these are its stacks", "kills worker 1 .*", "has ended: killed by SIGKILL, .*it did not end by its drain"
+    )
+    client, old = harness.connect(daemon), daemon.workers()[1]
+    assert echoes(client, b"a word before\n")
+    daemon.wait_log("on stderr: a word before")
+    assert daemon.command("upgrade").returncode == 0
+    client.sendall(b"loop")
+    daemon.wait_log(rf"WARNING .*worker 1 \(pid {old}\) on stderr: loop")
+    wait_end(old)
+
+
+def test_five_upgrades_in_a_row_cost_no_descriptor_and_no_client(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.start()
+    master, address, before = daemon.pid, daemon.address, len(descriptors(daemon.pid))
+    clients = []
+    for count in range(5):
+        clients.append(site.greet(address)[0])
+        result = daemon.command("upgrade")
+        assert result.stdout == f"tested upgraded: 2 workers of generation {count + 2}\n", result.stderr
+    assert daemon.pid == master
+    assert all(echoes(client) for client in clients)
+    for client in clients:
+        client.close()
+    eventually(lambda: len(daemon.status()["workers"]) == 2, what="the end of the old workers")
+    eventually(lambda: len(descriptors(master)) <= before, what="as many descriptors as before")
+
+
+def test_upgrades_that_are_asked_for_during_one_are_done_with_it(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.start()
+    master = daemon.pid
+    with site.gate("later") as let:
+        daemon.signal(signal.SIGUSR2)
+        daemon.wait_log("upgrade: begins")
+        daemon.signal(signal.SIGUSR2)
+        daemon.wait_log("upgrade: waits for what is under way: upgrade")
+        asked = [site.begin("upgrade"), site.begin("reload")]
+        eventually(lambda: sum("upgrade: waits" in one for one in daemon.records()) == 3)
+        let(20)
+        for one in asked:
+            status, out, err = outcome(one)
+            assert (status, err) == (0, ""), err
+            assert out.endswith("ed: 2 workers of generation 2\n")
+    assert (daemon.pid, site.greet()[1]) == (master, "later")
+
+
+def test_a_stop_that_comes_right_after_the_order_to_upgrade_stops(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.run()
+    client, _ = site.greet()
+    master = daemon.pid
+    os.kill(master, signal.SIGUSR2)
+    os.kill(master, signal.SIGTERM)
+    daemon.wait_log("draining")
+    assert echoes(client)
+    client.close()
+    wait_end(master)
+    assert daemon.process is not None
+    assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_a_stop_while_the_new_image_boots_its_workers_stops(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.run()
+    daemon.expect("reload: failed, and nothing has changed: the daemon stops")
+    client, _ = site.greet()
+    with site.gate("later") as let:
+        asked = site.begin("upgrade")
+        daemon.wait_log("upgrade: begins")
+        let(1)  # the dry run's
+        daemon.wait_log("goes on as another image")
+        eventually(lambda: daemon.workers("booting"), what="the candidate")
+        daemon.signal(signal.SIGTERM)
+        assert outcome(asked)[::2] == (1, "forkd: the upgrade failed, and tested goes on as before: the daemon stops\n")
+        assert echoes(client)
+        client.close()
+        wait_end(daemon.pid)

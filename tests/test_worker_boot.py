@@ -1,0 +1,54 @@
+"""A worker that boots, in a process of its own: what can be had of it before it serves."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from pathlib import Path
+
+from processes import PATIENCE
+
+from forkd import signals
+from forkd.config.address import parse_address
+from forkd.config.options import Listener, Settings
+from forkd.serve.worker import Station, run_worker
+from forkd.system.channel import channel_pair
+from forkd.system.scoreboard import Scoreboard
+
+HANDLERS = Path(__file__).with_name("handlers")
+
+
+def test_the_stacks_of_a_worker_that_hangs_in_an_import_can_be_had(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    reader, writer = os.pipe()
+    ours, theirs = channel_pair()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(tmp_path)
+            os.dup2(writer, 2)
+            listener = Listener(address=parse_address("unix:@nobody"), handler="gate:Echo")
+            settings = Settings(listen=(listener,), python_path=(HANDLERS,))
+            board = Scoreboard(1)
+            run_worker(settings, [], board, Station(1, board.claim(), theirs, os.getppid()))
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        with (
+            open(tmp_path / "gate", "wb"),
+            open(reader, "rb", buffering=0) as pipe,
+        ):  # both are open: it waits for a byte
+            os.kill(child, signals.DUMP)
+            stacks = b""
+            while b"gate.py" not in stacks:
+                assert select.select([pipe], [], [], PATIENCE)[0], stacks
+                piece = pipe.read(65536)
+                assert piece, stacks
+                stacks += piece
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        ours.close()
+        theirs.close()
