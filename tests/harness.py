@@ -88,12 +88,17 @@ class Daemon:
         assert result.returncode == 0, result.stderr
         return self
 
-    def run(self) -> Daemon:
-        """Starts it in the foreground, in a process group of its own, and waits until it is up."""
+    def run(self, pass_fds: Collection[int] = ()) -> Daemon:
+        """Starts it in the foreground, in a process group of its own and these descriptors; waits until it is up."""
         command = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
         with self.terminal.open("wb") as stderr:
             self.process = subprocess.Popen(
-                list(map(str, command)), cwd=self.directory, stderr=stderr, stdin=subprocess.DEVNULL, process_group=0
+                list(map(str, command)),
+                cwd=self.directory,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                pass_fds=pass_fds,
             )
         eventually(lambda: self._is_up() or self._gone(), what="the daemon's start")
         assert not self._gone(), self.terminal.read_text()

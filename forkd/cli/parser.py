@@ -137,8 +137,8 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         action="append",
         default=[],
-        help="where to listen: tcp://HOST:PORT, unix:/path or unix:@name; repeatable. With a file, the first replaces "
-        "the address of its first listener, and so on",
+        help="where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME; repeatable. With a file, the first "
+        "replaces the address of its first listener, and so on",
     )
     command.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     command.add_argument(

@@ -86,7 +86,9 @@ class Limits:
 class Listener:
     """One address and the handler behind it."""
 
-    address: Address = _option(units.ADDRESS, "Where to listen: tcp://HOST:PORT, unix:/path or unix:@name.")
+    address: Address = _option(
+        units.ADDRESS, "Where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME (systemd's)."
+    )
     handler: str = _option(
         units.HANDLER, "What serves each connection: an asyncio.Protocol class or factory, or a streams coroutine."
     )

@@ -251,4 +251,4 @@ HANDLER = Kind(
     str,
     {"type": "string", "pattern": f"^{_HANDLER}$"},
 )
-ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|unix:)"})
+ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|unix:|fd:)"})
