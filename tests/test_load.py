@@ -95,7 +95,7 @@ FOUND = """\
 18:10: log.level: tags such as tag:yaml.org,2002:python/name:os.system have no meaning here
 19:6: log.to: has no value; expected a path or stderr
 20:14: python_path: expected a sequence, found '/srv'
-21:1: a sequence: unknown setting; there are name, workers, listen
+21:1: a sequence: unknown setting; there are name, mode, workers, listen
 """
 
 
@@ -260,7 +260,7 @@ def test_the_last_override_of_a_setting_holds_and_repairs_the_file(right: Read) 
     [
         ("listen.5.backlog", "1", "there is no listen.5 to set it in"),
         ("listen.².backlog", "1", "²: unknown setting; there are address, handler"),
-        ("nonsense.x", "1", "nonsense: unknown setting; there are name, workers, listen"),
+        ("nonsense.x", "1", "nonsense: unknown setting; there are name, mode, workers, listen"),
         ("wokers", "1", "wokers: unknown setting; did you mean 'workers'?"),
         ("log.levle", "info", "levle: unknown setting; did you mean 'level'?"),
         ("listen.levle", "info", "levle: unknown setting; there are address, handler"),
