@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from forkd.app.assembly import Legacy, run_directory, run_foreground
+from forkd.app.assembly import Legacy, run_foreground
 from forkd.app.resume import resume as resume_daemon
 from forkd.app.start import Started, start_daemon
+from forkd.app.whereabouts import run_directory
 from forkd.cli.ask import PROMPTLY, Conversation
 from forkd.cli.look import check_all
 from forkd.cli.target import read_target, run_directory_of, settings_of
