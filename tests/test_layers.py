@@ -131,5 +131,5 @@ def test_only_one_module_imports_what_a_user_names() -> None:
 
 def test_only_the_places_that_are_known_for_it_fork() -> None:
     found = {module for module, path in MODULES.items() if "os.fork(" in path.read_text()}
-    assert found <= {"forkd.master.spawn", "forkd.app.start", "forkd.app.check", "forkd.app.assembly"}
+    assert found <= {"forkd.master.spawn", "forkd.app.launcher", "forkd.app.check", "forkd.app.assembly"}
     assert "forkd.master.spawn" in found

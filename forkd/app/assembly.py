@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forkd.app.prepare import prepare
+from forkd.app.whereabouts import enter_directory, log_target, run_directory
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
-from forkd.errors import BootError, ForkdError, HandlerError
+from forkd.errors import BootError, HandlerError
 from forkd.master.control import ControlSocket
 from forkd.master.errands import Errands
 from forkd.master.generation import Generation
 from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
 from forkd.system.channel import Channel
-from forkd.system.logs import default_log_file, open_log, start_logging
+from forkd.system.logs import open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
 from forkd.system.scoreboard import Row, Scoreboard
 from forkd.system.sockets import BoundListener, bind_all
@@ -61,16 +62,6 @@ class Held:
         return [self.run.pid_file.descriptor, *{s.fileno() for one in (*self.bound, *lent) for s in one.sockets}]
 
 
-def run_directory(settings: Settings) -> RunDirectory:
-    """The run directory that the settings mean."""
-    return RunDirectory(settings.name, settings.run_directory)
-
-
-def log_target(settings: Settings, *, detached: bool) -> Path | str | None:
-    """Where the daemon logs: a file, the journal, or None for the standard error that it was started with."""
-    return settings.log.to or (default_log_file(settings.name) if detached else None)
-
-
 def run_foreground(settings: Settings, reread: Reread) -> None:
     """Runs the daemon in this process to its end, logging to stderr or where the settings say.
 
@@ -91,16 +82,6 @@ def run_foreground(settings: Settings, reread: Reread) -> None:
             if settings.log.to is None:
                 error.details = ""  # they stand in the log, a few lines above
             raise
-
-
-def enter_directory(settings: Settings) -> None:
-    """Changes to the working directory that the settings name, if they do. Raises ForkdError."""
-    if settings.working_directory is not None:
-        try:
-            os.chdir(settings.working_directory)
-        except OSError as error:
-            where = settings.working_directory
-            raise ForkdError(f"can't change to working_directory {where}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -138,7 +119,7 @@ class Daemon:
     held: Held
     place: Place
     reread: Reread
-    on_ready: Callable[[], None] = lambda: None
+    on_ready: Callable[[], object] = lambda: None
     hang_up: Callable[[], None] = lambda: None
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
@@ -226,7 +207,7 @@ def preload(settings: Settings) -> None:
     Raises:
         HandlerError: one can't be imported, or has left threads running: a fork(2) has none of them.
     """
-    from forkd.serve.worker import import_handlers  # noqa: PLC0415 (as in `_conduct`)
+    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (as in `_conduct`)
 
     for handler in import_handlers(settings):
         if isinstance(handler, HandlerError):

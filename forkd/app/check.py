@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
-import time
 from typing import NoReturn
 
-from forkd.app.assembly import enter_directory
+from forkd.app.launcher import read_until
+from forkd.app.whereabouts import enter_directory
 from forkd.config.options import Settings
 from forkd.errors import AddressInUse, ForkdError, HandlerError
 from forkd.master.spawn import Exit
@@ -48,7 +47,7 @@ def check_handlers(settings: Settings) -> list[tuple[int, str, str]]:
         os.close(reader)
         _say_what_fails(settings, writer)
     os.close(writer)
-    words, late = _read_until(reader, time.monotonic() + settings.boot_timeout)
+    words, late = read_until(reader, settings.boot_timeout)
     if late:
         os.kill(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
@@ -60,21 +59,9 @@ def check_handlers(settings: Settings) -> list[tuple[int, str, str]]:
     return found
 
 
-def _read_until(descriptor: int, deadline: float) -> tuple[bytes, bool]:
-    """What comes up to the end of file, and whether that did not come in time; closes the descriptor."""
-    words = b""
-    with open(descriptor, "rb", buffering=0) as pipe:
-        while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            portion = pipe.read(65536)
-            if not portion:
-                return words, False
-            words += portion
-    return words, True
-
-
 def _say_what_fails(settings: Settings, writer: int) -> NoReturn:
     """In a child: imports each handler, and writes for each a line with what went wrong, or null."""
-    from forkd.serve.worker import import_handlers  # noqa: PLC0415 (as in `assembly.serve`)
+    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (as in `assembly.serve`)
 
     try:
         enter_directory(settings)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from forkd import signals
-from forkd.app.assembly import Daemon, Held, enter_directory, preload, run_directory
+from forkd.app.assembly import Daemon, Held, preload
 from forkd.app.check import check_addresses
 from forkd.app.prepare import check_reloadable
+from forkd.app.whereabouts import enter_directory, run_directory
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.master.heritage import Heritage, handed_settings
@@ -44,7 +45,7 @@ def resume(state: str, reread: Callable[[], Settings]) -> None:
 
 def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     """All that could go wrong later, changing nothing."""
-    from forkd.serve.worker import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
+    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
 
     dump_stacks_on(signals.DUMP)
     settings = reread()

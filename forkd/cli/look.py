@@ -9,8 +9,8 @@ import sys
 import time
 from typing import Any
 
-from forkd.app.assembly import run_directory
 from forkd.app.check import check_addresses, check_handlers
+from forkd.app.whereabouts import run_directory
 from forkd.cli.ask import Conversation
 from forkd.cli.parser import make_parser
 from forkd.cli.target import read_target, run_directory_of

@@ -41,6 +41,11 @@ class Row:
         self.index = index
         self._cells = cells
 
+    @classmethod
+    def of_nobody(cls) -> Row:
+        """A row on no scoreboard, for a process that counts for itself alone."""
+        return cls(0, memoryview(bytearray(_WIDTH * _BYTES)).cast("q"))
+
     def __getitem__(self, field: Field) -> int:
         value: int = self._cells[field]
         return value

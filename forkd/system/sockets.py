@@ -1,6 +1,7 @@
 """Listening sockets: bound, set up and checked here, closed here; they belong to the master.
 
 A unix socket's path is taken over only from a dead owner, and removed only while it is still the file that we made.
+Sockets that were inherited (`inherited`) are served as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from forkd.config.address import Address, parse_address
 from forkd.config.options import Listener
 from forkd.errors import AddressInUse, ForkdError
 from forkd.system.holders import holder_of
+from forkd.system.inherited import adopt_listeners, send_at_once
 
 
 @dataclass(slots=True)
@@ -29,7 +31,8 @@ class BoundListener:
 
     Attributes:
         listener: its settings.
-        address: where it really listens: with the port that the kernel chose where the settings say 0.
+        address: where it really listens: with the port that the kernel chose where the settings say 0, and for an
+            inherited socket where its maker has bound it.
         sockets: one for each address that the host's name stands for; one in all other cases.
         inode: device and inode of a unix socket's path, else None.
         lent: whether it is another master's yet, who alone may remove its path.
@@ -87,13 +90,15 @@ class BoundListener:
 
 
 def bind_listener(listener: Listener) -> BoundListener:
-    """Binds and listens.
+    """Binds and listens, or takes over what was inherited.
 
     Raises:
         AddressInUse: somebody else listens there; the message says who, where that can be told.
         ForkdError: the address can't be had for another reason.
     """
     address = listener.address
+    if address.scheme == "fd":
+        return BoundListener(listener, *adopt_listeners(address))
     try:
         return _bind_unix(listener) if address.scheme == "unix" else _bind_tcp(listener)
     except UnicodeError:
@@ -134,7 +139,7 @@ def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]
 
 def update_listener(bound: BoundListener) -> None:
     """Has a listener that was kept follow its new settings: backlog, and a path's mode and owner. Raises OSError."""
-    for sock in bound.sockets:
+    for sock in bound.sockets if bound.listener.address.scheme != "fd" else ():
         sock.listen(bound.listener.backlog)
     if bound.inode is not None and _inode(bound.address.path) == bound.inode:
         if bound.listener.mode is not None:  # else it stays as the umask of the start made it
@@ -145,6 +150,8 @@ def update_listener(bound: BoundListener) -> None:
 def probe_listener(listener: Listener) -> None:
     """Whether an address could be bound now, leaving everything as it is. Raises as `bind_listener`."""
     address = listener.address
+    if address.scheme == "fd":  # only the process that is started with it could tell
+        return
     if address.scheme == "tcp" or address.abstract:
         bind_listener(listener).remove()
         return
@@ -152,8 +159,7 @@ def probe_listener(listener: Listener) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         why = "can't write to" if directory.is_dir() else "there is no"
         raise ForkdError(f"can't listen on {address}: {why} directory {directory}")
-    _number(listener.owner, _uid)
-    _number(listener.group, _gid)
+    _owners(listener)
     if not _is_free(address.path):
         raise _in_use(address)
 
@@ -183,8 +189,7 @@ def _bind_tcp(listener: Listener) -> BoundListener:
         for family, host in dict.fromkeys((info[0], str(info[4][0])) for info in infos):
             sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Accepted sockets inherit it on Linux (tcp(7)): set once here, it costs no connection anything.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            send_at_once(sock)  # set once here, it costs no connection anything
             if family == socket.AF_INET6:  # so that [::]:80 and 0.0.0.0:80 can both be listened on (ipv6(7))
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((host, port))
@@ -217,9 +222,8 @@ def _mode(listener: Listener) -> int:
 
 
 def _chown(listener: Listener) -> None:
-    uid, gid = _number(listener.owner, _uid), _number(listener.group, _gid)
-    if (uid, gid) != (-1, -1):
-        os.chown(listener.address.path, uid, gid, follow_symlinks=False)
+    if (owners := _owners(listener)) != (-1, -1):
+        os.chown(listener.address.path, *owners, follow_symlinks=False)
 
 
 def take_path(sock: socket.socket, path: str, mode: int) -> None:
@@ -279,12 +283,9 @@ def _inode(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _uid(name: str) -> int:
-    return pwd.getpwnam(name).pw_uid
-
-
-def _gid(name: str) -> int:
-    return grp.getgrnam(name).gr_gid
+def _owners(listener: Listener) -> tuple[int, int]:
+    owner = _number(listener.owner, lambda name: pwd.getpwnam(name).pw_uid)
+    return owner, _number(listener.group, lambda name: grp.getgrnam(name).gr_gid)
 
 
 def _number(name: str | None, look_up: Callable[[str], int]) -> int:

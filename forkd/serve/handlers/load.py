@@ -7,12 +7,12 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from forkd.config.options import Listener
+from forkd.config.options import Listener, Settings
 from forkd.errors import HandlerError
 
 Form = Literal["protocol", "streams"]
@@ -31,6 +31,16 @@ def add_to_path(directories: Sequence[Path]) -> None:
     """Has handlers imported from these directories first."""
     first = list(dict.fromkeys(map(str, directories)))
     sys.path[:] = first + [entry for entry in sys.path if entry not in first]
+
+
+def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
+    """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
+    add_to_path(settings.python_path or [Path.cwd()])
+    for listener in settings.listen:
+        try:
+            yield load_handler(listener)
+        except HandlerError as error:
+            yield error
 
 
 def load_handler(listener: Listener) -> Handler:
