@@ -180,7 +180,7 @@ def _worker_plain(worker: Worker) -> dict[str, Any]:
 def _worker_of(plain: dict[str, Any], board: Scoreboard) -> Worker:
     return Worker(
         **{key: plain[key] for key in _SAME},
-        row=board.row(plain["row"]),
+        row=board.adopt(plain["row"]),
         channel=Channel.of(plain["channel"]),
         life=Life(plain["life"]),
         killed_as=None if plain["killed_as"] is None else Life(plain["killed_as"]),
