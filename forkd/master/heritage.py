@@ -22,6 +22,7 @@ from forkd.master.generation import Generation
 from forkd.master.spawn import LAST_WORDS, Worker
 from forkd.states import Life
 from forkd.system.channel import Channel
+from forkd.system.identity import Identity
 from forkd.system.scoreboard import Field, Scoreboard
 from forkd.system.sockets import BoundListener
 
@@ -88,6 +89,7 @@ class Heritage:
             "place": {"directory": place.directory, "detached": place.detached, "lock": place.lock},
             "generation": generation.number,
             "settings": to_plain(generation.settings),
+            "identity": generation.identity.plain(),
             "listeners": [
                 bound.described() | {"descriptors": [sock.fileno() for sock in bound.sockets]}
                 for bound in generation.bound
@@ -125,7 +127,7 @@ class Heritage:
         board = Scoreboard(plain["board"]["capacity"], plain["board"]["descriptor"])
         return cls(
             place=Place(**plain["place"]),
-            generation=Generation(plain["generation"], settings, bound, plain["log"]),
+            generation=Generation(plain["generation"], settings, bound, plain["log"], Identity.of(plain["identity"])),
             wanted=plain["wanted"],
             started=plain["started"],
             control=plain["control"],

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic_ns
 from typing import Any
@@ -23,11 +23,14 @@ from forkd.errors import HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Tally
 from forkd.serve.handlers.load import Handler, add_to_path, load_handler
 from forkd.serve.handlers.protocol import ProtocolServer
+from forkd.serve.handlers.reach import check_reach
 from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.transport import Transport
 from forkd.system.channel import Channel, ChannelClosed
+from forkd.system.identity import Identity
 from forkd.system.logs import set_role
+from forkd.system.privileges import PrivilegeError, drop_privileges
 from forkd.system.process import set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
@@ -55,12 +58,19 @@ class Station:
     row: Row
     channel: Channel
     master: int  # its pid
+    identity: Identity = field(default_factory=Identity)  # whom it becomes
 
 
 def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Scoreboard, station: Station) -> int:
     """Runs a worker to its end in a process of its own; the exit status."""
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
+    try:
+        drop_privileges(settings, station.identity)
+    except PrivilegeError as error:
+        station.channel.send({"event": "failed", "reason": str(error), "details": ""})
+        return COULD_NOT_BOOT
+    # After the drop, which makes the kernel forget it.
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
     handlers = []
@@ -84,9 +94,10 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
 def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
     """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
     add_to_path(settings.python_path or [Path.cwd()])
+    unreadable = check_reach(settings)
     for listener in settings.listen:
         try:
-            yield load_handler(listener)
+            yield unreadable or load_handler(listener)
         except HandlerError as error:
             yield error
 

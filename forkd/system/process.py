@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Collection
 
 import setproctitle
 
@@ -35,6 +37,17 @@ def signal_when_parent_dies(signum: signal.Signals, parent: int) -> bool:
     if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     return os.getppid() == parent
+
+
+def close_all_but(kept: Collection[int]) -> None:
+    """Closes every other descriptor of this process: what whoever started it has left open. Where there is no /proc it
+    does nothing.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in kept:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
 
 
 def processors() -> int:

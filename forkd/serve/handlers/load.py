@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from forkd.config.options import Listener
 from forkd.errors import HandlerError
+from forkd.serve.handlers.reach import obstacles
 
 Form = Literal["protocol", "streams"]
 
@@ -57,8 +58,10 @@ def _import(name: str) -> Any:
     except BaseException as error:  # noqa: BLE001 (the handler's border: an import may raise anything, SystemExit too)
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             hint = "; it is looked for in the current directory, python_path and where Python keeps its packages"
+            hint += obstacles(sys.path)
             raise HandlerError(f"{name}: there is no module {error.name!r}{hint}") from None
-        raise HandlerError(f"{name}: importing {module_name} failed: {_summary(error)}", _traceback(error)) from None
+        why = _summary(error) + (obstacles(sys.path) if isinstance(error, ModuleNotFoundError) else "")
+        raise HandlerError(f"{name}: importing {module_name} failed: {why}", _traceback(error)) from None
     for part in path.split("."):
         try:
             target = getattr(target, part)
