@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from forkd.config.address import LONGEST_PATH, Address
 from forkd.config.agree import mistakes_of_once
 from forkd.config.options import Listener, ListOf, Option, Settings, default_of, made_of, options
-from forkd.config.units import JOURNAL, MOST_WORKERS, Kind
+from forkd.config.units import JOURNAL, MOST_WORKERS, UNLIMITED, Kind
 
 ODD = [
     "[x]",
@@ -59,6 +59,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "whole number or auto": st.integers(1, MOST_WORKERS),
     "duration": st.floats(0, 1e15),
     "size": st.integers(0, (1 << 63) - 1),
+    "whole number or unlimited": st.just(UNLIMITED) | st.integers(64, 1 << 30),
+    "size or unlimited": st.just(UNLIMITED) | st.integers(0, (1 << 63) - 1),
+    "name or number": TEXTS,
     "percentage": st.floats(0, 1),
     "true or false": st.booleans(),
     "file mode": st.integers(0, 0o7777),

@@ -244,8 +244,8 @@ def make_open_above(path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (make_link, "is not a directory but should be"),
-        (lambda path: path.symlink_to("nowhere"), "is not a directory but should be"),
+        (make_link, "is a symbolic link; remove it, or set run_directory"),
+        (lambda path: path.symlink_to("nowhere"), "is a symbolic link; remove it, or set run_directory"),
         (Path.touch, "is not a directory but should be"),
         (lambda path: make_open(path, 0o777), "open to others to write; remove it or set run_directory"),
         (lambda path: make_open(path, 0o775), "open to others to write; remove it or set run_directory"),

@@ -67,6 +67,8 @@ def test_the_plain_form_has_every_setting_as_it_would_stand_in_a_file_and_leaves
         "python_path": [],
         "preload": "false",
         "run_directory": "/run/x",
+        "groups": [],
+        "rlimits": {},
         "boot_timeout": "1m",
         "stall_timeout": "30s",
         "drain_timeout": "30s",

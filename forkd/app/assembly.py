@@ -24,8 +24,11 @@ from forkd.master.generation import Generation
 from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
 from forkd.system.channel import Channel
+from forkd.system.identity import find_identity
+from forkd.system.limits import raise_limits
 from forkd.system.logs import open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
+from forkd.system.process import close_all_but
 from forkd.system.scoreboard import Row, Scoreboard
 from forkd.system.sockets import BoundListener, bind_all
 
@@ -60,6 +63,13 @@ class Held:
         """All that must stay open while the process detaches itself."""
         lent = self.legacy.bound if self.legacy is not None else ()
         return [self.run.pid_file.descriptor, *{s.fileno() for one in (*self.bound, *lent) for s in one.sockets}]
+
+    def close_legacy(self) -> None:
+        """In a forked child: closes what was lent and not taken."""
+        taken = {sock.fileno() for bound in self.bound for sock in bound.sockets}
+        for bound in self.legacy.bound if self.legacy is not None else ():
+            if not taken & {sock.fileno() for sock in bound.sockets}:
+                bound.close()
 
 
 def run_foreground(settings: Settings, reread: Reread) -> None:
@@ -134,12 +144,16 @@ class Daemon:
             ForkdError: it could not come up, or gave up.
         """
         run, bound = self.held.run, self.held.bound
+        identity = find_identity(settings)
         if settings.preload:
             preload(settings)
         if self.held.legacy is None:
             run.pid_file.write()
         control = ControlSocket(run.control, self.selector, beside=self.held.legacy is not None)
-        self._conduct(Generation(1, settings, bound, log_descriptor), control, Scoreboard(2 * MOST_WORKERS))
+        for lacking in raise_limits(settings.rlimits):
+            log.warning("%s", lacking)
+        generation = Generation(1, settings, bound, log_descriptor, identity)
+        self._conduct(generation, control, Scoreboard(2 * MOST_WORKERS))
 
     def resume(self, heritage: Heritage) -> None:
         """Runs a master to its end that goes on where another image of it left off. Raises as `serve`."""
@@ -158,10 +172,15 @@ class Daemon:
         def work(generation: Generation, slot: int, row: Row, channel: Channel) -> int:
             settings = generation.settings
             start_logging(settings.name, settings.log.level, settings.log.form, generation.log)
-            return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid))
+            board.confine(row)
+            if not settings.preload:  # else a module may own some of those that are not known here
+                listeners = [sock.fileno() for bound in generation.bound for sock in bound.sockets]
+                close_all_but({0, 1, 2, generation.log, channel.fileno(), *listeners})
+            return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid, generation.identity))
 
         def abandon() -> None:
             self.held.run.pid_file.close()
+            self.held.close_legacy()
             self.hang_up()
 
         errands = Errands(

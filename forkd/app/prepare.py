@@ -6,6 +6,7 @@ The helper tells the master on its channel: the settings, each new listener with
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from collections.abc import Callable, Sequence
@@ -17,8 +18,12 @@ from forkd.errors import ForkdError
 from forkd.master.change import DIFF
 from forkd.master.generation import Generation
 from forkd.system.channel import Channel
+from forkd.system.identity import find_identity
+from forkd.system.limits import raise_limits
 from forkd.system.sockets import bind_listener, match_listeners
 from forkd.wire import Message
+
+log = logging.getLogger("forkd")
 
 
 def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[], Settings], directory: str) -> int:
@@ -35,13 +40,16 @@ def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[
         here = os.getcwd()
         os.chdir(directory)
         settings = reread()
+        identity = find_identity(settings)
         os.chdir(here)
         if verb == DIFF:
             lines = [str(one) for one in differences(present.settings, settings)]
             _say(channel, {"event": "differences", "differences": lines})
             return 0
         check_reloadable(present.settings, settings)
-        _say(channel, {"event": "settings", "settings": to_plain(settings)})
+        for lacking in raise_limits(settings.rlimits):
+            log.warning("%s", lacking)
+        _say(channel, {"event": "settings", "settings": to_plain(settings), "identity": identity.plain()})
         for place, kept in enumerate(match_listeners(settings.listen, present.bound)):
             if kept is None:
                 bound = bind_listener(settings.listen[place])

@@ -17,7 +17,9 @@ from forkd.app.whereabouts import enter_directory, run_directory
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.master.heritage import Heritage, handed_settings
+from forkd.system.identity import find_identity
 from forkd.system.logs import start_logging
+from forkd.system.privileges import drop_privileges
 from forkd.system.process import dump_stacks_on
 
 log = logging.getLogger("forkd")
@@ -56,6 +58,7 @@ def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     enter_directory(settings)
     if settings.preload:
         preload(settings)
+    drop_privileges(settings, find_identity(settings))
     for handler in import_handlers(settings):
         if isinstance(handler, HandlerError):
             raise handler

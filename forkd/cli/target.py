@@ -11,7 +11,8 @@ from forkd.config import units
 from forkd.config.load import Loaded, read_settings
 from forkd.config.options import BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
 from forkd.config.override import Override
-from forkd.errors import ConfigError, UsageError
+from forkd.errors import UsageError
+from forkd.system.identity import look_up
 from forkd.system.pidfile import RunDirectory
 
 T = TypeVar("T")
@@ -22,14 +23,18 @@ _PLACES = (Path("/etc/forkd"), Path("etc/forkd"))
 
 def settings_of(command: argparse.Namespace) -> Settings:
     """The settings that a command means. Raises ConfigError with all mistakes, UsageError for no TARGET at all."""
-    loaded = read_target(command)
-    if loaded.problems:
-        raise ConfigError(loaded.problems)
-    return loaded.settings
+    return read_target(command).sound()
 
 
 def read_target(command: argparse.Namespace) -> Loaded:
     """As `settings_of`, with the mistakes beside what could be read. Raises UsageError."""
+    loaded = _read(command)
+    for key, message in look_up(loaded.settings)[1]:
+        loaded.add(message, *key.split("."))
+    return loaded
+
+
+def _read(command: argparse.Namespace) -> Loaded:
     target = command.target
     handler = BUILTIN_ECHO if target is None else target if _is_handler(target) else None
     if handler is None:

@@ -130,6 +130,26 @@ class Recycle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rlimits:
+    """What the kernel lets one worker have (setrlimit(2)). Not given: what the daemon was started with."""
+
+    nofile: int | None = _option(
+        units.FILES_LIMIT,
+        "Open descriptors, and so about as many connections. Default: as many as the hard limit that the daemon was "
+        "started with; unlimited: as many as fs.nr_open.",
+        None,
+    )
+    core: int | None = _option(
+        units.SIZE_LIMIT,
+        "Size of a core file. 0: none. More: also of workers that are another user than the daemon, which dump none "
+        "otherwise.",
+        None,
+    )
+    memlock: int | None = _option(units.SIZE_LIMIT, "Memory that may be locked.", None)
+    address_space: int | None = _option(units.SIZE_LIMIT, "Virtual memory.", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     """What is written, how and where."""
 
@@ -221,6 +241,35 @@ class Settings:
         None,
         needs=Needs.RESTART,
     )
+    user: str | None = _option(
+        units.ACCOUNT,
+        "Who the workers are, a name or a number; the master stays who it is. Default: the daemon's own user.",
+        None,
+    )
+    group: str | None = _option(
+        units.ACCOUNT, "The workers' group, a name or a number. Default: the user's primary group.", None
+    )
+    groups: tuple[str, ...] = _option(
+        ListOf(units.ACCOUNT),
+        "Supplementary groups of the workers, names or numbers. Default: none, where `user` or `group` is given.",
+        [],
+    )
+    umask: int | None = _option(
+        units.MODE, "The workers' umask: permissions that new files don't have. Default: the daemon's own.", None
+    )
+    chroot: Path | None = _option(
+        units.PATH,
+        "A directory that is the root directory of the workers. Handlers and Python's own modules are imported inside "
+        "it, unless `preload` has brought them in.",
+        None,
+    )
+    no_new_privs: bool | None = _option(
+        units.BOOLEAN,
+        "Keep programs that workers start from gaining privileges by set-user-ID bits or file capabilities. Default: "
+        "true where `user` is given, else false.",
+        None,
+    )
+    rlimits: Rlimits = _section(Rlimits, "What the kernel lets one worker have.")
     boot_timeout: float = _option(
         units.DURATION, "Time that a worker has to import its handlers and report ready.", 60.0
     )

@@ -236,6 +236,20 @@ def _or_word(word: str, kind: Kind[T]) -> Kind[T | None]:
     )
 
 
+#: The value of a limit that is none, as setrlimit(2) and Python's resource module have it.
+UNLIMITED = -1
+
+
+def _or_unlimited(kind: Kind[int]) -> Kind[int]:
+    """`kind`, or the word unlimited, which is read as UNLIMITED."""
+    return Kind(
+        f"{kind.name} or unlimited",
+        lambda text: UNLIMITED if text == "unlimited" else kind.parse(text),
+        lambda value: "unlimited" if value == UNLIMITED else kind.show(value),
+        {"anyOf": [*kind.schema.get("anyOf", [kind.schema]), {"const": "unlimited"}]},
+    )
+
+
 #: Workers of one daemon at most; the scoreboard has rows for as many, and for as many again that drain.
 MOST_WORKERS = 512
 
@@ -261,6 +275,14 @@ MODE = Kind(
     lambda value: f"{value:04o}",
     # An editor's YAML reads 0660 as a number, so both are right there.
     {"anyOf": [{"type": "string", "pattern": "^(0o)?[0-7]{3,4}$"}, {"type": "integer", "minimum": 0}]},
+)
+FILES_LIMIT = _or_unlimited(integer(64, 1 << 30))
+SIZE_LIMIT = _or_unlimited(SIZE)
+ACCOUNT = Kind(
+    "name or number",
+    _text,
+    str,
+    {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]},
 )
 TEXT = Kind("text", _text, str, {"type": "string", "minLength": 1})
 PATH = Kind("path", _path, str, {"type": "string", "minLength": 1})

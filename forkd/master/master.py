@@ -156,6 +156,7 @@ class Master:
             present = self.state.generation
             if generation is not present:
                 present.close_all_but(generation)
+            self._changes.abandon(generation)
             return self.state.errands.serve(generation, slot, row, channel)
 
         self._crew.spawn(slot, generation.number, main)

@@ -15,7 +15,7 @@ import os
 import random
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any
 
@@ -29,7 +29,9 @@ from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.recycling import Wear
 from forkd.system.channel import Channel, ChannelClosed
+from forkd.system.identity import Identity
 from forkd.system.logs import replace_log, set_role
+from forkd.system.privileges import PrivilegeError, drop_privileges
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
@@ -54,6 +56,7 @@ class Station:
     row: Row
     channel: Channel
     master: int  # its pid
+    identity: Identity = field(default_factory=Identity)  # whom it becomes
 
 
 def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Scoreboard, station: Station) -> int:
@@ -61,6 +64,12 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     dump_stacks_on(signals.DUMP)
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
+    try:
+        drop_privileges(settings, station.identity)
+    except PrivilegeError as error:
+        station.channel.send({"event": "failed", "reason": str(error), "details": ""})
+        return COULD_NOT_BOOT
+    # After the drop, which makes the kernel forget it.
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
     handlers = []
