@@ -1,8 +1,7 @@
 """Single-connection mode put together: one client, one process, in the background or in the foreground.
 
-In the background the starter binds and forks; when the child is ready the starter ends, and with it the last copy of
-the listener but the child's, so that the child alone decides when nobody is let in any more. What was inherited is
-served by the process itself.
+In the background the starter binds and forks, and gives its copy of the listener up, so that the child alone decides
+when nobody is let in any more; it ends when the child is ready. What was inherited is served by the process itself.
 """
 
 from __future__ import annotations
