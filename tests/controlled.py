@@ -61,11 +61,11 @@ class Client:
 class Place:
     """A control socket that serves, and everything that waits with its selector."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path, stack: ExitStack, *, descriptor: int = -1, beside: bool = False) -> None:
         self.path = path
         self.stack = stack
         self.selector = stack.enter_context(selectors.DefaultSelector())
-        self.control = ControlSocket(path, self.selector)
+        self.control = ControlSocket(path, self.selector, descriptor=descriptor, beside=beside)
         stack.callback(self.control.close)
         self.later: list[Reply] = []
         self.control.serve(self.answer)
@@ -84,6 +84,13 @@ class Place:
             assert events, "nothing happens any more"
             for key, mask in events:
                 key.data(mask)
+
+    def later_from(self, client: Client) -> Reply:
+        """The reply to a request that is kept for later."""
+        before = len(self.later)
+        client.say({"later": True})
+        self.until(lambda: len(self.later) > before)
+        return self.later[-1]
 
     def client(self) -> Client:
         return Client(self)
