@@ -109,6 +109,14 @@ def test_each_takes_its_own_descriptors_and_leaves_the_rest(bound: Bound, path: 
         other.close()
 
 
+def test_the_sockets_of_a_name_with_several_addresses_stay_in_order(bound: Bound) -> None:
+    parts = [bound(V4), bound("tcp://[::1]:0")]
+    one = BoundListener(listener("tcp://localhost:0"), parts[0].address, [part.sockets[0] for part in parts])
+    other = passed_on(one)
+    assert [sock.family for sock in other.sockets] == [socket.AF_INET, socket.AF_INET6]
+    other.close()
+
+
 def test_a_listener_without_its_sockets_is_refused_and_takes_none(bound: Bound) -> None:
     described = bound(V4).described() | {"sockets": 2}
     descriptor = os.open(os.devnull, os.O_RDONLY)
