@@ -306,6 +306,22 @@ def test_a_message_with_descriptors_does_not_wait(pair: tuple[Channel, Channel],
     assert len(theirs.descriptors) == 2
 
 
+def test_the_rest_of_a_message_with_descriptors_waits_and_arrives(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    message = {"x": "x" * (LARGEST - 100)}
+    ours.send_with(message, files)
+    assert ours.waiting
+    received: list[Message] = []
+    while not received:
+        ours.flush()
+        wait(theirs)
+        received += theirs.receive()
+    assert received == [message]
+    assert [contents(descriptor) for descriptor in theirs.descriptors] == [b"one", b"two"]
+
+
 def test_descriptors_to_who_has_gone_and_ones_that_are_closed_are_told(
     pair: tuple[Channel, Channel], files: tuple[int, int]
 ) -> None:

@@ -93,6 +93,13 @@ def test_where_nothing_is_counted_there_is_no_number(machine: Machine, groups: s
     assert oom_kills() is None
 
 
+@pytest.mark.parametrize("groups", ["3:cpu:/a\n", "1:name=memory:/a\n", "2:cpu,hugememory:/a\n"])
+def test_another_controllers_group_says_nothing_of_memory(machine: Machine, groups: str) -> None:
+    machine.groups(groups)
+    machine.file("memory/a/memory.oom_control", V1.format(9))
+    assert oom_kills() is None
+
+
 def test_this_machine_says_a_number_or_nothing() -> None:
     found = oom_kills()
     assert found is None or found >= 0
