@@ -105,6 +105,7 @@ class Worker:
         self._wear = Wear(settings.recycle, random.random())  # noqa: S311
         self._fit = False  # it serves, and has not told the master that it is worn
         self._draining = False
+        self._orphaned = False
         self._ended = False
         # Often enough that one heartbeat which is late, or falls just behind the master's look, is no stall.
         self._beat_every = min(BEAT, settings.stall_timeout / 3) if settings.stall_timeout else BEAT
@@ -173,14 +174,19 @@ class Worker:
         if os.getppid() != self._station.master:
             signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
 
+    def _say_orphaned(self) -> None:
+        """Once, by whichever tells first: the end of the channel, or the kernel's signal, which ends an idle worker."""
+        if not self._draining and not self._orphaned:
+            self._orphaned = True
+            log.error("the master is gone; ends within %.0f s", ORPHANED)
+
     def _channel_ready(self, mask: int) -> None:
         channel = self._station.channel
         try:
             messages = channel.receive()
         except ChannelClosed:
             self._loop.selector.epoll.unregister(channel.fileno())
-            if not self._draining:
-                log.error("the master is gone; ends within %.0f s", ORPHANED)
+            self._say_orphaned()
             signal.setitimer(signal.ITIMER_REAL, ORPHANED + _ALARM)
             self.drain(ORPHANED)
             return
@@ -194,6 +200,7 @@ class Worker:
         """Takes no more clients; ends when those that are here have gone, or when their time is up."""
         if os.getppid() != self._station.master:
             seconds = ORPHANED
+            self._say_orphaned()
         if seconds is None:
             seconds = self._settings.drain_timeout
         if not self._draining:
