@@ -30,10 +30,14 @@ _RECORD = re.compile(r'(?:\d{4}-\d\d-\d\dT\S+Z [A-Z]+ |\{"time": ).*(?:\n  \| .*
 _BAD = re.compile(r'\A\S+ (?:ERROR|CRITICAL) |"level": "(?:ERROR|CRITICAL)"|Traceback')
 
 
-def forkd(*arguments: object, cwd: Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+def forkd(
+    *arguments: object, cwd: Path, seconds: float = 60, pass_fds: Collection[int] = ()
+) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end. A daemon that kept its output open would hang this, and is not meant to."""
     command = [sys.executable, "-m", "forkd", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False, pass_fds=pass_fds
+    )
 
 
 class Daemon:

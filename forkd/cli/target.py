@@ -97,10 +97,10 @@ def _name(text: str) -> str:
 def _overrides(command: argparse.Namespace, *, with_listen: bool = True) -> list[Override]:
     given: list[tuple[str, Any, str]] = [
         ("name", command.name, "--name"),
-        ("workers", command.workers, "--workers"),
         ("log.level", command.log_level, "--log-level"),
         ("run_directory", command.run_directory, "--run-directory"),
     ]
+    given += _once_overrides(command) if command.command == "once" else [("workers", command.workers, "--workers")]
     if with_listen:
         given += [(f"listen.{index}.address", text, f"--listen {text}") for index, text in enumerate(command.listen)]
     for text in command.set:
@@ -109,3 +109,17 @@ def _overrides(command: argparse.Namespace, *, with_listen: bool = True) -> list
             raise UsageError(f"--set {text}: write KEY=VALUE")
         given.append((key, value, f"--set {text}"))
     return [Override(key, value, where) for key, value, where in given if value is not None]
+
+
+def _once_overrides(command: argparse.Namespace) -> list[tuple[str, Any, str]]:
+    networks = f"[{', '.join(command.networks)}]" if command.networks else None
+    return [
+        ("mode", "once", "forkd once"),
+        ("once.timeout", command.timeout, "--timeout"),
+        ("once.from", networks, "--from"),
+        ("once.adopt", "true" if command.adopt else None, "--adopt"),
+        ("once.fd", command.fd, "--fd"),
+        ("once.rendezvous", command.rendezvous, "--rendezvous"),
+        ("once.pid_file", command.pid_file, "--pid-file"),
+        ("log.to", command.log, "--log"),
+    ]
