@@ -122,6 +122,13 @@ def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> N
     assert [module for module in found if module.startswith(heavy)] == []
 
 
+def test_one_client_costs_neither_a_master_nor_what_makes_a_daemon() -> None:
+    found = loaded("import forkd.cli.single")
+    assert "forkd.serve.once" in found
+    heavy = ("daemon", "forkd.master", "forkd.serve.worker", "forkd.app.assembly", "forkd.serve.rendezvous")
+    assert [module for module in found if module.startswith(heavy)] == []
+
+
 def test_only_one_module_imports_what_a_user_names() -> None:
     """`cli.parser` and `cli.look` import forkd's own modules and shtab late, by names of their own."""
     text = {module: path.read_text() for module, path in MODULES.items()}

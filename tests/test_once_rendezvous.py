@@ -24,8 +24,8 @@ Make = Callable[..., Single]
 
 @pytest.fixture
 def ports() -> tuple[int, int]:
-    """Two ports of this machine that were free just now."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+    """Two ports of this machine that were free just now, at all its addresses."""
+    with socket.create_server(("0.0.0.0", 0)) as one, socket.create_server(("0.0.0.0", 0)) as other:
         return one.getsockname()[1], other.getsockname()[1]
 
 
@@ -106,10 +106,8 @@ def test_a_program_that_was_at_it_before_is_met_too(single: Make, ports: tuple[i
     assert one.status() == 0
 
 
-def test_without_the_filter_the_short_waits_do(
-    single: Make, ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a kernel that has no such thing: the test's end tries without a pause, so that they do hit upon each other."""
+def test_without_the_filter_the_short_waits_do(single: Make, ports: tuple[int, int]) -> None:
+    """As on a kernel that has no such thing. The test's end tries without a pause, so that they hit upon each other."""
     one = single("nofilter:Echo", "--rendezvous", address(ports[1]), listen=address(ports[0])).start()
     with meet(ports[1], ports[0]) as sock:
         assert echoes(sock)

@@ -67,7 +67,7 @@ class Child:
     reader: int
 
     def hear(self, seconds: float | None = None) -> dict[str, Any]:
-        """What it says when it is ready.
+        """What it says when it is ready; one that does not become ready has ended when this raises.
 
         Args:
             seconds: how long it may take; then it is killed. None: for ever.
@@ -78,25 +78,32 @@ class Child:
         words, late = read_until(self.reader, seconds)
         if late:
             os.kill(self.pid, signal.SIGKILL)
-            raise BootError("importing the handler took longer than boot_timeout")
+            words = json.dumps({"reason": "importing the handler took longer than boot_timeout", "status": 1}).encode()
         message: dict[str, Any] = json.loads(words) if words else {"reason": "it ended without a word", "status": 1}
         if "reason" in message:
+            self.wait()
             error = BootError(message["reason"], message.get("details", ""))
             error.status = message["status"]
             raise error
         return message
 
     def wait(self) -> None:
-        """Waits until it has ended."""
-        os.waitpid(self.pid, 0)
+        """Waits until it has ended, if it was not waited for yet."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
 def fork_off(work: Callable[[Launcher], int]) -> Child:
-    """Forks a child that does its work to the end, and exits with the status that this returns."""
+    """Forks a child that does its work to the end, and exits with the status that this returns. Raises ForkdError."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(reader)
+        os.close(writer)
+        raise ForkdError(f"can't start a process: {error.strerror}") from None
     if pid == 0:
         os.close(reader)
         _end_in(work, Launcher(writer))

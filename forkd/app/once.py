@@ -75,15 +75,14 @@ def start_once(settings: Settings) -> Ready:
     enter_directory(settings)
     file = log_target(settings, detached=True)
     assert file is not None  # noqa: S101 (what is detached has one)
-    descriptor = open_log(file)
-    entrance = _entrance(settings)
-    child = fork_off(lambda launcher: _detached(settings, entrance, descriptor, launcher))
-    entrance.leave()
+    entrance = _entrance(settings)  # before anything else is opened, which could get the descriptor number it wants
     try:
+        descriptor = open_log(file)
+        child = fork_off(lambda launcher: _detached(settings, entrance, descriptor, launcher))
+        entrance.leave()
         return Ready(**child.hear(settings.boot_timeout))
-    except BootError:
-        child.wait()
-        entrance.door.close()  # one that was killed could not do so
+    except ForkdError:
+        entrance.door.close()  # a child that was killed could not do so
         raise
 
 
@@ -100,13 +99,14 @@ def run_once(settings: Settings, on_ready: Callable[[Ready], None]) -> int:
     settings = _completed(settings)
     enter_directory(settings)
     entrance = _entrance(settings)
-    # Standard error that leads to the client is no place for a log.
-    file = log_target(settings, detached=2 in entrance.standard)
-    start_logging(settings.name, settings.log.level, settings.log.form, 2 if file is None else open_log(file))
     told = entrance.doing and 1 not in entrance.standard
     try:
+        # Standard error that leads to the client is no place for a log.
+        file = log_target(settings, detached=2 in entrance.standard)
+        start_logging(settings.name, settings.log.level, settings.log.form, 2 if file is None else open_log(file))
         return _serve(settings, entrance, lambda ready: on_ready(ready) if told else None)
     except ForkdError as error:
+        entrance.door.close()
         if 2 in entrance.standard:  # there is nobody who could see it otherwise
             log.error("\n".join([str(error), *getattr(error, "details", "").splitlines()]))
         raise
@@ -133,13 +133,14 @@ def _reserve(number: int) -> None:
             os.fstat(number)
             raise ForkdError(f"once.fd: descriptor {number} is open already; take another one")
     nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    if nowhere == number:
+        return
     try:
         os.dup2(nowhere, number, inheritable=False)
     except OSError as error:
         raise ForkdError(f"once.fd: {number} can't be had: {error.strerror} (ulimit -n)") from None
     finally:
-        if nowhere != number:
-            os.close(nowhere)
+        os.close(nowhere)
 
 
 def _entrance(settings: Settings) -> Entrance:

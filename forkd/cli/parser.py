@@ -86,7 +86,21 @@ def make_parser() -> argparse.ArgumentParser:
         command = _add(commands, name, run, sentence, _TARGET)
         command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
         _add_settings(command)
+    _add_changes(commands)
+    status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
+    scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
     _add_once(_add(commands, "once", "single:once", "serve exactly one client, in a process of its own", _TARGET))
+    schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
+    completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
+    return parser
+
+
+def _add_changes(commands: _Commands) -> None:
+    """The commands that change a running daemon as a whole."""
     stop = _add(commands, "stop", "lifecycle:stop", "let open connections end, then end; return when done", _RUNNING)
     stop.add_argument("--now", action="store_true", help="close open connections at once")
     reload = _add(
@@ -104,15 +118,6 @@ def make_parser() -> argparse.ArgumentParser:
         "go over to the code that is installed now, under the same PID",
         _RUNNING,
     )
-    status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
-    status.add_argument("--json", action="store_true", help="as one JSON object")
-    scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
-    scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
-    schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
-    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
-    completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
-    return parser
 
 
 def _add(commands: _Commands, name: str, run: str, sentence: str, target: str = "") -> argparse.ArgumentParser:

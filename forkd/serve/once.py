@@ -104,6 +104,7 @@ class OneClient:
         self._expiry: asyncio.TimerHandle | None = None
         self._late = False
         self._draining = False
+        self._ended = False
 
     @property
     def status(self) -> int:
@@ -138,7 +139,7 @@ class OneClient:
         self._late = True
         reason = self._door.why_nobody()
         log.warning("nobody came within %g s%s", self._settings.once.timeout, f": {reason}" if reason else "")
-        self._loop.stop()
+        self._end()
 
     def _cancel_expiry(self) -> None:
         if self._expiry is not None:
@@ -157,6 +158,12 @@ class OneClient:
         if self._conversations:
             next(iter(self._conversations)).add_done_callback(lambda _: self._look_later())
         else:
+            self._end()
+
+    def _end(self) -> None:
+        """Ends `run_forever`, once: asked again it would end what `clean_up` runs after it."""
+        if not self._ended:
+            self._ended = True
             self._loop.stop()
 
     def _drain(self) -> None:
@@ -179,10 +186,11 @@ class OneClient:
         self._door.close()
         for transport in transports_of(self._loop):
             transport.close()
-        self._loop.call_later(LAST_WORDS if self._tally.active else 0, self._loop.stop)
+        self._loop.call_later(LAST_WORDS if self._tally.active else 0, self._end)
 
     def clean_up(self) -> None:
         """After the loop has stopped: ends what still runs on it, and gives the signals back."""
+        self._ended = True
         self._tally.on_closed = None
         clean_up(self._loop, self._conversations)
         for signum in (signals.DRAIN, signal.SIGINT, signals.CLOSE):
