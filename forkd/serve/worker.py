@@ -19,18 +19,17 @@ from typing import Any
 
 from forkd import drain, signals
 from forkd.config.options import Settings
-from forkd.errors import HandlerError
+from forkd.errors import ForkdError, HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Tally
 from forkd.serve.handlers.load import Handler, add_to_path, load_handler
 from forkd.serve.handlers.protocol import ProtocolServer
-from forkd.serve.handlers.reach import check_reach
 from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import IN, PollLoop
+from forkd.serve.settle import settle
 from forkd.serve.transport import Transport
 from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.identity import Identity
 from forkd.system.logs import set_role
-from forkd.system.privileges import PrivilegeError, drop_privileges
 from forkd.system.process import set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
@@ -66,11 +65,11 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
     try:
-        drop_privileges(settings, station.identity)
-    except PrivilegeError as error:
+        settle(settings, station.identity)
+    except ForkdError as error:
         station.channel.send({"event": "failed", "reason": str(error), "details": ""})
         return COULD_NOT_BOOT
-    # After the drop, which makes the kernel forget it.
+    # Only now: when a process becomes another user's the kernel forgets it.
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
     handlers = []
@@ -94,10 +93,9 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
 def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
     """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
     add_to_path(settings.python_path or [Path.cwd()])
-    unreadable = check_reach(settings)
     for listener in settings.listen:
         try:
-            yield unreadable or load_handler(listener)
+            yield load_handler(listener)
         except HandlerError as error:
             yield error
 
