@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forkd.app.prepare import prepare
+from forkd.app.prepare import prepare, warn
 from forkd.app.whereabouts import enter_directory, log_target, run_directory
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
@@ -25,7 +25,6 @@ from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
 from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
-from forkd.system.limits import raise_limits
 from forkd.system.logs import open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
 from forkd.system.process import close_all_but
@@ -150,8 +149,7 @@ class Daemon:
         if self.held.legacy is None:
             run.pid_file.write()
         control = ControlSocket(run.control, self.selector, beside=self.held.legacy is not None)
-        for lacking in raise_limits(settings.rlimits):
-            log.warning("%s", lacking)
+        warn(settings)
         generation = Generation(1, settings, bound, log_descriptor, identity)
         self._conduct(generation, control, Scoreboard(2 * MOST_WORKERS))
 

@@ -14,7 +14,6 @@ from forkd.config.options import Settings
 from forkd.errors import AddressInUse, ForkdError, HandlerError
 from forkd.master.spawn import Exit
 from forkd.system.identity import Identity
-from forkd.system.privileges import PrivilegeError, drop_privileges
 from forkd.system.sockets import probe_listener
 
 
@@ -67,14 +66,18 @@ def _say_what_fails(settings: Settings, identity: Identity, writer: int) -> NoRe
     """In a child: becomes a worker and imports each handler; writes for each of that a line with what went wrong, or
     null.
     """
-    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (as in `assembly.serve`)
+    # As in `assembly.serve`.
+    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415
+    from forkd.serve.settle import settle  # noqa: PLC0415
 
     try:
         enter_directory(settings)
         with open(writer, "wb", buffering=0) as pipe:
+            if settings.preload:
+                list(import_handlers(settings))
             try:
-                drop_privileges(settings, identity)
-            except PrivilegeError as error:
+                settle(settings, identity)
+            except ForkdError as error:
                 pipe.write(json.dumps([str(error), ""]).encode() + b"\n")
                 os._exit(0)
             pipe.write(b"null\n")

@@ -26,6 +26,14 @@ from forkd.wire import Message
 log = logging.getLogger("forkd")
 
 
+def warn(settings: Settings) -> None:
+    """Logs what these settings want and can't have, or should not."""
+    for lacking in raise_limits(settings.rlimits):
+        log.warning("%s", lacking)
+    if settings.chroot is not None and settings.user is None and os.geteuid() == 0:
+        log.warning("chroot: holds nobody in who is root, as these workers are; set user too")
+
+
 def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[], Settings], directory: str) -> int:
     """Runs a helper to its end; its exit status.
 
@@ -47,8 +55,7 @@ def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[
             _say(channel, {"event": "differences", "differences": lines})
             return 0
         check_reloadable(present.settings, settings)
-        for lacking in raise_limits(settings.rlimits):
-            log.warning("%s", lacking)
+        warn(settings)
         _say(channel, {"event": "settings", "settings": to_plain(settings), "identity": identity.plain()})
         for place, kept in enumerate(match_listeners(settings.listen, present.bound)):
             if kept is None:

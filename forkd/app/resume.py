@@ -19,7 +19,6 @@ from forkd.errors import ForkdError, HandlerError
 from forkd.master.heritage import Heritage, handed_settings
 from forkd.system.identity import find_identity
 from forkd.system.logs import start_logging
-from forkd.system.privileges import drop_privileges
 from forkd.system.process import dump_stacks_on
 
 log = logging.getLogger("forkd")
@@ -48,6 +47,7 @@ def resume(state: str, reread: Callable[[], Settings]) -> None:
 def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     """All that could go wrong later, changing nothing."""
     from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
+    from forkd.serve.settle import settle  # noqa: PLC0415
 
     dump_stacks_on(signals.DUMP)
     settings = reread()
@@ -58,7 +58,7 @@ def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     enter_directory(settings)
     if settings.preload:
         preload(settings)
-    drop_privileges(settings, find_identity(settings))
+    settle(settings, find_identity(settings))
     for handler in import_handlers(settings):
         if isinstance(handler, HandlerError):
             raise handler

@@ -125,7 +125,7 @@ def check_all(loaded: Loaded) -> None:
         settings, identity = replace(settings, user=None, chroot=None), Identity()
     for index, reason, details in check_handlers(settings, identity):
         if index < 0:
-            loaded.add(reason, "user")
+            loaded.add(reason, "chroot" if settings.user is None else "user")
         else:
             loaded.add(reason, "listen", loaded.listeners[index], "handler")
         if details:

@@ -21,17 +21,17 @@ from typing import Any
 
 from forkd import drain, signals
 from forkd.config.options import Settings
-from forkd.errors import HandlerError
+from forkd.errors import ForkdError, HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.recycling import Wear
+from forkd.serve.settle import settle
 from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.identity import Identity
 from forkd.system.logs import replace_log, set_role
-from forkd.system.privileges import PrivilegeError, drop_privileges
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
@@ -65,11 +65,11 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
     try:
-        drop_privileges(settings, station.identity)
-    except PrivilegeError as error:
+        settle(settings, station.identity)
+    except ForkdError as error:
         station.channel.send({"event": "failed", "reason": str(error), "details": ""})
         return COULD_NOT_BOOT
-    # After the drop, which makes the kernel forget it.
+    # Only now: when a process becomes another user's the kernel forgets it.
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
     handlers = []

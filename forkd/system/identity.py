@@ -117,10 +117,12 @@ def _forbidden(identity: Identity, settings: Settings) -> list[Flaw]:
     name = "user" if settings.group is None else "group"
     if uid is not None and os.getresuid() != (uid, uid, uid):
         if not has_capability(Capability.SETUID):
-            flaws.append(("user", _refusal(f"become {settings.user}", Capability.SETUID, f"or as {settings.user}")))
+            flaws.append(("user", _refusal(f"become {settings.user}", Capability.SETUID, f", or as {settings.user}")))
         elif not has_capability(Capability.KILL) and uid != 0:
             flaws.append(("user", _refusal(f"signal workers that are {settings.user}", Capability.KILL)))
-    if gid is not None and os.getresgid() != (gid, gid, gid) and not has_capability(Capability.SETGID):
+    if flaws:
+        pass  # that says it all
+    elif gid is not None and os.getresgid() != (gid, gid, gid) and not has_capability(Capability.SETGID):
         flaws.append((name, _refusal(f"take the group {gid}", Capability.SETGID)))
     elif identity.groups is not None and not has_capability(Capability.SETGID):
         flaws.append(("groups" if settings.groups else name, _refusal("set groups", Capability.SETGID)))
@@ -133,8 +135,9 @@ def _forbidden(identity: Identity, settings: Settings) -> list[Flaw]:
 
 
 def _refusal(deed: str, needed: Capability, otherwise: str = "") -> str:
-    who = f"it is root without CAP_{needed.name}" if os.geteuid() == 0 else f"it is user {os.geteuid()}"
-    return f"the daemon can't {deed}, because {who}; start it as root{f' {otherwise}' if otherwise else ''}"
+    if os.geteuid() == 0:
+        return f"the daemon can't {deed}: it is root, but without CAP_{needed.name}; give it that (capabilities(7))"
+    return f"the daemon can't {deed}: it is user {os.geteuid()}; start it as root{otherwise}"
 
 
 def _misplaced(identity: Identity, settings: Settings) -> list[Flaw]:

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 from forkd.config.options import Listener, Settings
 from forkd.errors import HandlerError
-from forkd.serve.handlers.reach import check_reach, obstacles
 
 Form = Literal["protocol", "streams"]
 
@@ -37,10 +36,9 @@ def add_to_path(directories: Sequence[Path]) -> None:
 def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
     """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
     add_to_path(settings.python_path or [Path.cwd()])
-    unreadable = check_reach(settings)
     for listener in settings.listen:
         try:
-            yield unreadable or load_handler(listener)
+            yield load_handler(listener)
         except HandlerError as error:
             yield error
 

@@ -20,31 +20,32 @@ from forkd.errors import HandlerError
 log = logging.getLogger("forkd.worker")
 
 
-def check_reach(settings: Settings) -> HandlerError | None:
-    """Why this process, which has become what the settings say, can't import what handlers need; None where it can.
+def check_reach(settings: Settings) -> None:
+    """Looks whether this process, which has become what the settings say, can import what handlers need. From now on
+    the log says, of a module that is not found, which directories may have it and can't be read.
 
-    From now on the log says, of a module that is not found, which directories may have it and can't be read.
+    Raises:
+        HandlerError: it can't read the interpreter's own modules, what is installed with it, or `python_path`.
     """
     if settings.user is None and settings.chroot is None:
-        return None
+        return
     sys.meta_path.append(_Explainer())
     if settings.chroot is not None:
         sys.path_importer_cache.clear()  # of what was outside
         if settings.preload:
-            return None  # who has it brings in what is needed
+            return  # who has it brings in what is needed
     own = [(str(path), "python_path") for path in settings.python_path]
     for path, what in [(_library(), "Python's own modules"), *_installed(), *own]:
         if settings.chroot is not None and what != _INSTALLED and not os.path.lexists(path):
-            return HandlerError(
+            raise HandlerError(
                 f"{path} ({what}) is not there in chroot {settings.chroot}; put it there, as by a bind mount, or have "
                 "the handlers imported before, by preload: true"
             )
         if blocked := obstacle(path):
-            return HandlerError(
-                f"the workers' user {settings.user} can't read {blocked}, and so nothing of {path} ({what}); let it "
-                "read that, or put this where it can"
+            raise HandlerError(
+                f"the workers' user {settings.user or os.geteuid()} can't read {blocked}, and so nothing of {path} "
+                f"({what}); let it read that, or put this where it can"
             )
-    return None
 
 
 _INSTALLED = "installed packages"
