@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -10,11 +11,17 @@ from forkd.config.units import MOST_WORKERS
 from forkd.system.scoreboard import Field, Scoreboard
 
 
+def target(link: Path) -> str:
+    """Where a link leads; nowhere when it has gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(link)
+    return ""
+
+
 def heartbeats(master: int, workers: Collection[int]) -> list[float]:
     """When each worker's loop last came by, in seconds on the monotonic clock."""
     directory = Path(f"/proc/{master}/fd")
-    number = next(one.name for one in directory.iterdir() if "forkd-scoreboard" in os.readlink(one))
-    descriptor = os.open(directory / number, os.O_RDWR)
+    descriptor = os.open(next(one for one in directory.iterdir() if "forkd-scoreboard" in target(one)), os.O_RDWR)
     try:
         rows = Scoreboard(2 * MOST_WORKERS, descriptor).rows()
         return [row[Field.HEARTBEAT] / 1e9 for row in rows if row[Field.PID] in workers]
