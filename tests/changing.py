@@ -89,6 +89,14 @@ class Changing:
         client = self.harness.connect(address or self.daemon)
         return client, read(client, WORD).decode()
 
+    def crowd(self, *addresses: str) -> list[socket.socket]:
+        """New clients of each address, as many as it takes for every worker to have one."""
+        clients: list[socket.socket] = []
+        while not clients or not all(worker["clients"] for worker in self.daemon.status()["workers"]):
+            clients += [self.greet(address)[0] for address in addresses or ("",)]
+            assert len(clients) < 100, "there is a worker that gets no client"
+        return clients
+
     def begin(self, verb: str) -> subprocess.Popen[str]:
         """Starts a command about this daemon and leaves it running."""
         command = [sys.executable, "-m", "forkd", verb, *self.daemon.target, *self.daemon.identity]

@@ -25,8 +25,7 @@ def test_a_reload_takes_up_new_settings_and_code_while_old_clients_stay(harness:
     site = Changing(harness)
     daemon = site.daemon.start()
     address, master, old = daemon.address, daemon.pid, daemon.workers()
-    clients = [site.greet()[0] for _ in range(6)]
-    daemon.wait_clients(6)
+    clients = site.crowd()
     site.write(
         workers=3, listen=[listener("tcp://127.0.0.1:0", backlog=77)], log={"to": str(daemon.log), "level": "debug"}
     )

@@ -13,7 +13,7 @@ import pytest
 from changing import Changing, descriptors, listener, outcome, wait_at_gate
 from clients import echoes
 from harness import Daemon, Harness
-from processes import PATIENCE, eventually, title, wait_end
+from processes import PATIENCE, descendants, eventually, title, wait_end
 
 VERSION = '__version__ = "99.0"\n'
 
@@ -31,7 +31,7 @@ def test_an_upgrade_goes_over_to_the_code_that_is_there_now(
     copy = site.bring_forkd()
     daemon = begin(site.daemon, verb)
     before, old, inode = daemon.status(), daemon.workers(), (tmp_path / "sock").stat().st_ino
-    clients = [site.greet(where)[0] for where in (daemon.address, f"unix:{tmp_path / 'sock'}") for _ in range(3)]
+    clients = site.crowd(daemon.address, f"unix:{tmp_path / 'sock'}")
     (copy / "__init__.py").write_text('"""A later forkd."""\n' + VERSION)
     site.code("later")
     site.write(workers=3)
@@ -166,19 +166,33 @@ def test_upgrades_that_are_asked_for_during_one_are_done_with_it(harness: Harnes
     assert (daemon.pid, site.greet()[1]) == (master, "later")
 
 
-def test_a_stop_that_comes_right_after_the_order_to_upgrade_stops(harness: Harness) -> None:
+def test_a_stop_that_comes_with_the_order_to_upgrade_stops(harness: Harness) -> None:
     site = Changing(harness)
     daemon = site.daemon.run()
     client, _ = site.greet()
-    master = daemon.pid
-    os.kill(master, signal.SIGUSR2)
-    os.kill(master, signal.SIGTERM)
-    daemon.wait_log("draining")
+    assert daemon.process is not None
+    for signum in (signal.SIGSTOP, signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):  # so that it sees both at once
+        daemon.process.send_signal(signum)
+    daemon.wait_log("upgrade: not now, the daemon is draining")
     assert echoes(client)
     client.close()
-    wait_end(master)
-    assert daemon.process is not None
     assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_a_stop_during_the_dry_run_stops(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.run()
+    daemon.expect("upgrade: failed, and nothing has changed: the daemon stops")
+    client, _ = site.greet()
+    assert daemon.process is not None
+    with site.gate("later"):
+        asked = site.begin("upgrade")
+        wait_at_gate(lambda: descendants(daemon.pid), 1)
+        daemon.signal(signal.SIGTERM)
+        assert outcome(asked)[::2] == (1, "forkd: the upgrade failed, and tested goes on as before: the daemon stops\n")
+        assert echoes(client)
+        client.close()
+        assert daemon.process.wait(PATIENCE) == 0
 
 
 def test_a_stop_while_the_new_image_boots_its_workers_stops(harness: Harness) -> None:
