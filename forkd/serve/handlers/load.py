@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from forkd.config.options import Listener, Settings
 from forkd.errors import HandlerError
+from forkd.serve.handlers.reach import obstacles
 
 Form = Literal["protocol", "streams"]
 
