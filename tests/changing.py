@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,14 @@ class Untouched:
         assert echoes(self.client)
 
 
+def wait_at_gate(pids: Callable[[], Iterable[int]], count: int) -> None:
+    """Waits until so many of these processes have begun the import that waits, with the code that is there now."""
+    eventually(
+        lambda: sum(any("the gate" in one for one in descriptors(pid)) for pid in pids()) == count,
+        what=f"{count} processes at the gate",
+    )
+
+
 def listener(address: str, **more: Any) -> dict[str, Any]:
     """The settings of one listener."""
     return {"address": address, "handler": "says:Says", **more}
@@ -158,9 +166,10 @@ def outcome(command: subprocess.Popen[str]) -> tuple[int, str, str]:
 def descriptors(pid: int) -> set[str]:
     """A process's open descriptors, each with what it leads to."""
     found = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add(f"{entry.name} {os.readlink(entry)}")
+    with contextlib.suppress(FileNotFoundError):  # it may just end
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.add(f"{entry.name} {os.readlink(entry)}")
     return found
 
 

@@ -18,7 +18,9 @@ from forkd.cli.parser import make_parser, parse
 from forkd.cli.target import read_target, run_directory_of, settings_of
 from forkd.errors import ConfigError, UsageError
 
-COMMANDS = ["run", "start", "restart", "check", "stop", "status", "scale", "schema", "completion"]
+COMMANDS = [
+    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "scale", "once", "schema", "completion",
+]  # fmt: skip
 
 LISTEN = "listen: [{address: 'tcp://127.0.0.1:0', handler: 'forkd.builtin:Echo'}]\n"
 
@@ -62,6 +64,9 @@ def test_the_options_of_once_are_settings_of_its_mode() -> None:
         ("start --work 2", "unrecognized arguments: --work"),
         ("start --listen-on tcp://127.0.0.1:0", "unrecognized arguments: --listen-on"),
         ("status --js", "unrecognized arguments: --js"),
+        ("reload --dif", "unrecognized arguments: --dif"),
+        ("reload --workers 2", "unrecognized arguments: --workers"),
+        ("upgrade --diff", "unrecognized arguments: --diff"),
         ("stop --no", "unrecognized arguments: --no"),
         ("stop --workers 2", "unrecognized arguments: --workers"),
         ("--vers", "required: COMMAND"),
@@ -189,6 +194,9 @@ def test_wrong_settings_are_told_one_a_line_with_status_78(here: Path, capsys: p
         ("check --listen 80", 78, "--listen: listen[0].address: '80' is not an address"),
         ("check --name a/b", 78, "--name: name: 'a/b' is not a name"),
         ("scale 2 --run-directory run", 1, "forkd: echo is not running"),
+        ("reload --run-directory run", 1, "forkd: echo is not running"),
+        ("reload --diff --run-directory run", 1, "forkd: echo is not running"),
+        ("upgrade --run-directory run", 1, "forkd: echo is not running"),
         ("status --run-directory=", 64, "--run-directory"),
         ("stop --run-directory=a\x1bb", 64, "--run-directory"),
         ("stop --name=../../x", 64, "--name"),

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from harness import Harness
 
+from forkd import signals
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -61,3 +63,24 @@ def test_the_mistakes_it_shows_are_told_as_it_shows_them(harness: Harness) -> No
     assert len(shown) == 3  # one of them twice: for a check, and for a reload
     for line in shown:
         assert line.replace("/etc/forkd/shout.yaml", str(file)) in result.stderr
+
+
+def test_the_reload_that_it_shows_to_fail_says_what_it_shows(shout: Harness) -> None:
+    file = shout.directory / "shout.yaml"
+    daemon = shout.daemon("shout", target=file, listen=(), workers=None)
+    file.write_text("workers: 1\nlisten: [{address: 'tcp://127.0.0.1:0', handler: 'shout:Shout'}]\n")
+    daemon.start()
+    file.write_text(file.read_text().replace("workers", "wokers"))
+    daemon.expect("reload: failed, and nothing has changed: ")
+    result = daemon.command("reload")
+    shown = re.findall(r"^    (forkd: the reload failed.*)$", README, re.MULTILINE)
+    assert [line.replace("/etc/forkd/shout.yaml", str(file)) for line in shown] == result.stderr.splitlines()
+    assert result.returncode == 1
+
+
+def test_every_signal_that_it_tells_of_is_understood_and_no_other() -> None:
+    table = README.partition("| signal to the master |")[2].partition("\n\n")[0]
+    told = {
+        name.strip() for names in re.findall(r"^\| ([A-Z0-9, ]+) \|", table, re.MULTILINE) for name in names.split(",")
+    }
+    assert told | {"CHLD"} == {row.signal.name.removeprefix("SIG") for row in signals.MASTER}

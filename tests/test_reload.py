@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from changing import Changing, backlog, descriptors, listener, outcome
+from changing import Changing, backlog, descriptors, listener, outcome, wait_at_gate
 from clients import at_end, dial, echoes, read, refuses
 from harness import Daemon, Harness
 from processes import eventually, wait_end
@@ -135,7 +135,7 @@ def test_however_often_it_is_asked_meanwhile_a_reload_follows_once_with_the_late
     with site.gate("later") as let:
         site.write(workers=1)
         daemon.signal(signal.SIGHUP)
-        eventually(lambda: daemon.workers("booting"), what="the candidate")
+        wait_at_gate(lambda: daemon.workers("booting").values(), 1)
         assert daemon.status()["change"] == "reload"
         for count, workers in enumerate((4, 5, 3), 1):
             site.write(workers=workers)
@@ -157,7 +157,7 @@ def test_a_stop_during_a_reload_stops_and_whoever_waits_is_told(harness: Harness
     (client, _), master = site.greet(), daemon.pid
     with site.gate("later"):
         asked = [site.begin("reload")]
-        eventually(lambda: daemon.workers("booting"), what="the candidate")
+        wait_at_gate(lambda: daemon.workers("booting").values(), 2)
         asked.append(site.begin("reload"))
         daemon.wait_log("reload: waits for what is under way: reload")
         daemon.signal(signal.SIGTERM)

@@ -252,6 +252,21 @@ def test_only_a_running_daemon_hands_over(asking: Asking, mode: Mode) -> None:
     assert asking.master.told == []
 
 
+def test_a_second_heir_is_refused_until_the_first_has_gone(asking: Asking) -> None:
+    heir = asking.ask({"verb": "hand over"})
+    assert asking.requests.succession
+    assert asking.ask({"verb": "hand over"}) == [{"ok": False, "error": "another change is under way: restart"}]
+    heir.descriptor = -1
+    assert not asking.requests.succession
+    assert asking.ask({"verb": "hand over"})[0]["ok"]
+
+
+def test_nobody_succeeds_a_master_that_changes(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking.master, "status", lambda: {"change": "reload"})
+    assert asking.ask({"verb": "hand over"}) == [{"ok": False, "error": "another change is under way: reload"}]
+    assert not asking.requests.succession
+
+
 def test_who_is_handed_over_to_may_go_again_and_nothing_has_changed(asking: Asking) -> None:
     heir = asking.ask({"verb": "hand over"})
     assert heir == [{"ok": True, "listeners": []}]

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from changing import Changing, descriptors, listener, outcome
+from changing import Changing, descriptors, listener, outcome, wait_at_gate
 from clients import echoes
 from harness import Daemon, Harness
 from processes import PATIENCE, eventually, title, wait_end
@@ -128,6 +128,25 @@ def test_five_upgrades_in_a_row_cost_no_descriptor_and_no_client(harness: Harnes
     eventually(lambda: len(descriptors(master)) <= before, what="as many descriptors as before")
 
 
+def test_what_is_preloaded_changes_by_an_upgrade_and_not_by_a_reload(harness: Harness) -> None:
+    site = Changing(harness, preload=True)
+    daemon = site.daemon.start()
+    site.code("later")
+    assert daemon.command("reload").returncode == 0
+    assert site.greet()[1] == "first"
+    site.write(preload=False)
+    daemon.expect("reload: failed, and nothing has changed: a reload can't change this")
+    assert "preload" in daemon.command("reload").stderr
+    site.write(preload=True)
+    assert daemon.command("upgrade").returncode == 0
+    assert site.greet()[1] == "later"
+    site.write(preload=False)
+    assert daemon.command("upgrade").returncode == 0
+    site.code("third")
+    assert daemon.command("reload").returncode == 0
+    assert site.greet()[1] == "third"
+
+
 def test_upgrades_that_are_asked_for_during_one_are_done_with_it(harness: Harness) -> None:
     site = Changing(harness)
     daemon = site.daemon.start()
@@ -172,9 +191,10 @@ def test_a_stop_while_the_new_image_boots_its_workers_stops(harness: Harness) ->
         daemon.wait_log("upgrade: begins")
         let(1)  # the dry run's
         daemon.wait_log("goes on as another image")
-        eventually(lambda: daemon.workers("booting"), what="the candidate")
+        wait_at_gate(lambda: daemon.workers("booting").values(), 2)
         daemon.signal(signal.SIGTERM)
         assert outcome(asked)[::2] == (1, "forkd: the upgrade failed, and tested goes on as before: the daemon stops\n")
         assert echoes(client)
         client.close()
-        wait_end(daemon.pid)
+        assert daemon.process is not None
+        assert daemon.process.wait(PATIENCE) == 0

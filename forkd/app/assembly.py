@@ -37,17 +37,26 @@ log = logging.getLogger("forkd")
 Reread = Callable[[], Settings]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Legacy:
     """What a running master lends to the one that is to succeed it.
 
     Attributes:
         lock: the descriptor that holds the pid file's lock.
         bound: its listeners; their settings say no more than where they listen.
+        connection: to its control socket; when everybody who has it has closed it, the master looks whether it has been
+            succeeded. -1 when this process has.
     """
 
     lock: int
     bound: Sequence[BoundListener]
+    connection: int
+
+    def hang_up(self) -> None:
+        """Closes the connection in this process."""
+        if self.connection >= 0:
+            os.close(self.connection)
+            self.connection = -1
 
 
 @dataclass(slots=True)
@@ -60,13 +69,17 @@ class Held:
 
     def descriptors(self) -> list[int]:
         """All that must stay open while the process detaches itself."""
-        lent = self.legacy.bound if self.legacy is not None else ()
-        return [self.run.pid_file.descriptor, *{s.fileno() for one in (*self.bound, *lent) for s in one.sockets}]
+        lent, connection = (self.legacy.bound, [self.legacy.connection]) if self.legacy is not None else ((), [])
+        sockets = {sock.fileno() for one in (*self.bound, *lent) for sock in one.sockets}
+        return [self.run.pid_file.descriptor, *connection, *sockets]
 
     def close_legacy(self) -> None:
         """In a forked child: closes what was lent and not taken."""
+        if self.legacy is None:
+            return
+        self.legacy.hang_up()
         taken = {sock.fileno() for bound in self.bound for sock in bound.sockets}
-        for bound in self.legacy.bound if self.legacy is not None else ():
+        for bound in self.legacy.bound:
             if not taken & {sock.fileno() for sock in bound.sockets}:
                 bound.close()
 
@@ -216,6 +229,7 @@ class Daemon:
             bound.lent = False
             if bound.address not in taken:
                 bound.remove()
+        legacy.hang_up()  # whoever started this process may be gone, and tell the other master nothing
 
 
 def preload(settings: Settings) -> None:

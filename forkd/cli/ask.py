@@ -77,6 +77,10 @@ class Conversation:
             raise BootError(str(reply.get("error")), str(reply.get("details", "")))
         return reply
 
+    def fileno(self) -> int:
+        """The connection's descriptor."""
+        return self._channel.fileno()
+
     def take_descriptors(self) -> list[int]:
         """Those that came with the replies up to now, which are the caller's from now on."""
         taken, self._channel.descriptors = self._channel.descriptors, []

@@ -112,7 +112,7 @@ def _borrow(master: Conversation) -> Legacy:
         BoundListener.taken(one, listener, sockets, lent=True)
         for one, listener in zip(described, listeners, strict=True)
     ]
-    return Legacy(lock, bound)
+    return Legacy(lock, bound, master.fileno())
 
 
 def reload(command: argparse.Namespace) -> int:

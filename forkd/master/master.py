@@ -235,6 +235,11 @@ class Master:
 
     def change(self, verb: str, reply: Reply | None = None) -> None:
         """Reloads or upgrades, or tells what a reload would change."""
+        if self._requests.succession:  # the other master has taken its listeners from those of today
+            log.warning("%s: not now, a restart is under way", verb)
+            if reply is not None:
+                reply({"ok": False, "error": "a restart is under way"})
+            return
         self._changes.ask(verb, reply)
 
     def hand_over(self, reply: Reply) -> None:

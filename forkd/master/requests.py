@@ -51,6 +51,11 @@ class Requests:
         self._waiting: list[tuple[Reply, Outcome]] = []
         self._heir: Reply | None = None  # who starts the master that is to succeed this one
 
+    @property
+    def succession(self) -> bool:
+        """Whether another master is being started to succeed this one."""
+        return self._heir is not None and self._heir.fileno() >= 0
+
     def answer(self, message: Message, reply: Reply) -> None:
         """Answers one request, now or when `settle` finds that its time has come."""
         verb = message.get("verb")
@@ -96,11 +101,14 @@ class Requests:
         self._waiting.append((reply, lambda: {"ok": True} if master.state.mode is Mode.OVER else None))
 
     def _hand_over(self, reply: Reply) -> None:
-        if self._master.state.mode is Mode.RUNNING:
+        mode, change = self._master.state.mode, self._master.status().get("change")
+        if mode is not Mode.RUNNING:
+            reply({"ok": False, "error": f"the daemon is {mode.value}"})
+        elif change or self.succession:
+            reply({"ok": False, "error": f"another change is under way: {change or 'restart'}"})
+        else:
             self._heir = reply
             self._master.hand_over(reply)
-        else:
-            reply({"ok": False, "error": f"the daemon is {self._master.state.mode.value}"})
 
     def _scale(self, wanted: object, reply: Reply) -> None:
         master, state = self._master, self._master.state
