@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from forkd.config.units import MOST_WORKERS
@@ -12,11 +13,17 @@ from forkd.system.scoreboard import Field, Scoreboard
 
 def heartbeats(master: int, workers: Collection[int]) -> list[float]:
     """When each worker's loop last came by, in seconds on the monotonic clock."""
-    directory = Path(f"/proc/{master}/fd")
-    number = next(one.name for one in directory.iterdir() if "forkd-scoreboard" in os.readlink(one))
-    descriptor = os.open(directory / number, os.O_RDWR)
+    descriptor = os.open(next(_scoreboards(master)), os.O_RDWR)
     try:
         rows = Scoreboard(2 * MOST_WORKERS, descriptor).rows()
         return [row[Field.HEARTBEAT] / 1e9 for row in rows if row[Field.PID] in workers]
     finally:
         os.close(descriptor)
+
+
+def _scoreboards(master: int) -> Iterator[Path]:
+    """The master's descriptors of it."""
+    for one in Path(f"/proc/{master}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # one of another kind, closed meanwhile
+            if "forkd-scoreboard" in os.readlink(one):
+                yield one
