@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from forkd.config.units import MOST_WORKERS
 from forkd.system.scoreboard import Field, Scoreboard
 
 
+def target(link: Path) -> str:
+    """Where a link leads; nowhere when it has gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(link)
+    return ""
+
+
 def heartbeats(master: int, workers: Collection[int]) -> list[float]:
     """When each worker's loop last came by, in seconds on the monotonic clock."""
-    descriptor = os.open(next(_scoreboards(master)), os.O_RDWR)
+    directory = Path(f"/proc/{master}/fd")
+    descriptor = os.open(next(one for one in directory.iterdir() if "forkd-scoreboard" in target(one)), os.O_RDWR)
     try:
         rows = Scoreboard(2 * MOST_WORKERS, descriptor).rows()
         return [row[Field.HEARTBEAT] / 1e9 for row in rows if row[Field.PID] in workers]
     finally:
         os.close(descriptor)
-
-
-def _scoreboards(master: int) -> Iterator[Path]:
-    """The master's descriptors of it."""
-    for one in Path(f"/proc/{master}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # one of another kind, closed meanwhile
-            if "forkd-scoreboard" in os.readlink(one):
-                yield one

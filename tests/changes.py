@@ -23,6 +23,7 @@ from forkd.master.spawn import HELPER, ChildMain, Exit, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.channel import Channel, channel_pair
+from forkd.system.identity import Identity
 from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Row
 from forkd.system.sockets import BoundListener, bind_listener
@@ -145,7 +146,7 @@ class Stage:
         told = settings or Settings(
             listen=(listener(V4), listener(f"unix:{self.path}/new"), listener(V4)), workers=3, boot_timeout=70.0
         )
-        self.say({"event": "settings", "settings": to_plain(told)})
+        self.say({"event": "settings", "settings": to_plain(told), "identity": Identity().plain()})
         return told
 
     def say_bound(self, settings: Settings, place: int) -> BoundListener:

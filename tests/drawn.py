@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
-from forkd.config.address import Address
-from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
-from forkd.config.units import JOURNAL, MOST_WORKERS, Kind
+from forkd.config.address import LONGEST_PATH, Address
+from forkd.config.agree import mistakes_of_once
+from forkd.config.options import Listener, ListOf, Option, Settings, default_of, made_of, options
+from forkd.config.units import JOURNAL, MOST_WORKERS, UNLIMITED, Kind
 
 ODD = [
     "[x]",
@@ -43,9 +45,13 @@ HOSTS = st.one_of(
     st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="[]:/@"), min_size=1),
 )
 PORTS = st.one_of(st.just(0), st.integers(0, 65535))
+TCP = st.builds(lambda host, port: Address("tcp", host=host, port=port), HOSTS, PORTS)
 ADDRESSES = st.one_of(
-    st.builds(lambda host, port: Address("tcp", host=host, port=port), HOSTS, PORTS),
-    st.builds(lambda first, text: Address("unix", path=first + text), st.sampled_from("/@"), TEXTS),
+    TCP,
+    st.sampled_from(["", "0", "web", "[x]", "#"]).map(lambda name: Address("fd", path=name)),
+    st.builds(lambda first, text: Address("unix", path=first + text), st.sampled_from("/@"), TEXTS).filter(
+        lambda address: len(address.path.encode()) <= LONGEST_PATH
+    ),
 )
 
 #: The values that each kind can have, by its name; whole numbers and choices say themselves what they can be.
@@ -53,6 +59,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "whole number or auto": st.integers(1, MOST_WORKERS),
     "duration": st.floats(0, 1e15),
     "size": st.integers(0, (1 << 63) - 1),
+    "whole number or unlimited": st.just(UNLIMITED) | st.integers(64, 1 << 30),
+    "size or unlimited": st.just(UNLIMITED) | st.integers(0, (1 << 63) - 1),
+    "name or number": TEXTS,
     "percentage": st.floats(0, 1),
     "true or false": st.booleans(),
     "file mode": st.integers(0, 0o7777),
@@ -64,6 +73,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
         r"[a-z_]{1,3}(\.[a-z_]{1,3})?:[A-Z][a-z0-9]{0,3}(\.[a-z_]{1,3})?", fullmatch=True
     ),
     "address": ADDRESSES,
+    "tcp address": TCP.filter(lambda address: address.port > 0),
+    "network": st.ip_addresses().map(ipaddress.ip_network) | st.sampled_from([ipaddress.ip_network("10.0.0.0/8")]),
 }
 
 
@@ -84,7 +95,8 @@ def section(declared: type) -> st.SearchStrategy[Any]:
         unset = not option.required and default_of(declared, name) is None
         return st.none() | values(option.kind) if unset else values(option.kind)
 
-    return st.builds(declared, **{name: of(name, option) for name, option in options(declared).items()})
+    drawn = st.fixed_dictionaries({name: of(name, option) for name, option in options(declared).items()})
+    return drawn.map(lambda found: made_of(declared, found))
 
 
 def fitting(listener: Listener) -> Listener:
@@ -96,8 +108,8 @@ def fitting(listener: Listener) -> Listener:
 
 def of_its_own(listener: Listener) -> object:
     """What no two listeners of a daemon share: the address, unless it is any free port."""
-    return str(listener.address) if listener.address.scheme == "unix" or listener.address.port else object()
+    return str(listener.address) if listener.address.scheme != "tcp" or listener.address.port else object()
 
 
 LISTENERS = st.lists(section(Listener).map(fitting), min_size=1, max_size=4, unique_by=of_its_own).map(tuple)
-SETTINGS: st.SearchStrategy[Settings] = section(Settings)
+SETTINGS: st.SearchStrategy[Settings] = section(Settings).filter(lambda made: not list(mistakes_of_once(made)))

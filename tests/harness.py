@@ -30,10 +30,14 @@ _RECORD = re.compile(r'(?:\d{4}-\d\d-\d\dT\S+Z [A-Z]+ |\{"time": ).*(?:\n  \| .*
 _BAD = re.compile(r'\A\S+ (?:ERROR|CRITICAL) |"level": "(?:ERROR|CRITICAL)"|Traceback')
 
 
-def forkd(*arguments: object, cwd: Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+def forkd(
+    *arguments: object, cwd: Path, seconds: float = 60, pass_fds: Collection[int] = ()
+) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end. A daemon that kept its output open would hang this, and is not meant to."""
     command = [sys.executable, "-m", "forkd", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=seconds, check=False, pass_fds=pass_fds
+    )
 
 
 class Daemon:
@@ -92,8 +96,8 @@ class Daemon:
         assert result.returncode == 0, result.stderr
         return self
 
-    def begin(self) -> Daemon:
-        """Starts it in the foreground, in a process group of its own."""
+    def begin(self, pass_fds: Collection[int] = ()) -> Daemon:
+        """Starts it in the foreground, in a process group of its own, with these descriptors too."""
         command = [sys.executable, "-m", "forkd", "run", *self.target, *self.identity, *self.options]
         with self.terminal.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -103,12 +107,13 @@ class Daemon:
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 process_group=0,
+                pass_fds=pass_fds,
             )
         return self
 
-    def run(self) -> Daemon:
+    def run(self, pass_fds: Collection[int] = ()) -> Daemon:
         """Starts it in the foreground, and waits until it is up."""
-        self.begin()
+        self.begin(pass_fds)
         eventually(lambda: self._is_up() or self._gone(), what="the daemon's start")
         assert not self._gone(), self.terminal.read_text()
         return self

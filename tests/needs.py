@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +22,13 @@ _GROUPS = Path("/sys/fs/cgroup")
 def needs_root() -> None:
     """For what only root may do."""
     if os.geteuid() != 0:
-        _lacks("root")
+        lacks("root")
 
 
 def needs_program(name: str) -> None:
     """For a program of the system."""
     if shutil.which(name) is None:
-        _lacks(f"the program {name}")
+        lacks(f"the program {name}")
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def control_group(controller: str) -> Iterator[Path]:
     try:
         group.mkdir()
     except OSError as error:
-        _lacks(f"control groups of {controller}: {error}")
+        lacks(f"control groups of {controller}: {error}")
     try:
         yield group
     finally:
@@ -51,11 +53,24 @@ def _own_group(controller: str) -> Path:
     rows = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     found = [path for _, controllers, path in rows if controller in controllers.split(",")]
     if not found:
-        _lacks(f"control groups of {controller}, by version 1")
+        lacks(f"control groups of {controller}, by version 1")
     return _GROUPS / controller / found[0].lstrip("/")
 
 
-def _lacks(what: str) -> NoReturn:
+def lacks(what: str) -> NoReturn:
+    """Skips the test, or fails it in CI."""
     if os.environ.get("CI"):
         pytest.fail(f"CI has to have {what}")
     pytest.skip(f"needs {what}")
+
+
+def needs_python_for_all() -> None:
+    """For tests whose workers are another user: who must be able to read the interpreter, forkd and the handlers."""
+    needs_root()
+    program = "import sys, os, forkd.cli, yaml; os.listdir(sys.argv[1]); os.listdir(os.path.dirname(os.__file__))"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(Path(__file__).with_name("handlers"))],
+        user=65534, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    if result.returncode:
+        lacks(f"an interpreter and a checkout that every user can read: {result.stderr[-200:]}")

@@ -30,6 +30,12 @@ PATHS = st.text(string.ascii_letters + string.digits + "/._- äß日", min_size=
         ("unix:/with space", Address("unix", path="/with space")),
         ("unix:@name", Address("unix", path="@name")),
         ("unix:/" + "x" * (LONGEST_PATH - 1), Address("unix", path="/" + "x" * (LONGEST_PATH - 1))),
+        ("fd:", Address("fd")),
+        ("fd:0", Address("fd", path="0")),
+        ("fd:web", Address("fd", path="web")),
+        ("fd:forkd-chat.socket", Address("fd", path="forkd-chat.socket")),
+        ("fd:@3", Address("fd", path="@3")),
+        ("fd:3rd", Address("fd", path="3rd")),
     ],
 )
 def test_an_address_is_read_and_shown_as_it_was_written(text: str, address: Address) -> None:
@@ -38,15 +44,15 @@ def test_an_address_is_read_and_shown_as_it_was_written(text: str, address: Addr
 
 
 def test_only_a_unix_address_that_begins_with_an_at_sign_is_abstract() -> None:
-    texts = ["unix:@x", "unix:/@x", "tcp://127.0.0.1:0"]
-    assert [parse_address(text).abstract for text in texts] == [True, False, False]
+    texts = ["unix:@x", "unix:/@x", "tcp://127.0.0.1:0", "fd:@x"]
+    assert [parse_address(text).abstract for text in texts] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"),
-        ("nonsense", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"),
+        ("", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"),
+        ("nonsense", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"),
         ("udp://127.0.0.1:53", "is not an address"),
         ("TCP://127.0.0.1:53", "is not an address"),
         ("tcp:127.0.0.1:80", "is not an address"),
@@ -78,6 +84,12 @@ def test_only_a_unix_address_that_begins_with_an_at_sign_is_abstract() -> None:
         ("unix:/" + "x" * LONGEST_PATH, f"at most {LONGEST_PATH} bytes, this one {LONGEST_PATH + 1}"),
         ("unix:/" + "ä" * 60, f"at most {LONGEST_PATH} bytes, this one 121"),
         ("unix:@a\0b", "no NUL in it"),
+        ("fd:web:1", "write fd: and an inherited socket's number or systemd's name for it, as in fd:0 or fd:web"),
+        ("fd:a b", "write fd: and"),
+        ("fd:x\n", "write fd: and"),
+        ("fd:" + "x" * 256, "write fd: and"),
+        ("fd:123456789", "write fd: and"),
+        ("FD:web", "is not an address"),
     ],
 )
 def test_what_is_no_address_is_refused_with_what_was_meant(text: str, said: str) -> None:
@@ -94,13 +106,14 @@ def test_what_is_no_address_is_refused_with_what_was_meant(text: str, said: str)
         st.builds(lambda host, port: f"tcp://[{host}]:{port}", st.ip_addresses(v=6).map(ipaddress.ip_address), PORTS),
         PATHS.map(lambda path: f"unix:/{path}"),
         PATHS.map(lambda name: f"unix:@{name}"),
+        st.from_regex(r"[!-9;-~]{0,7}", fullmatch=True).map(lambda name: f"fd:{name}"),
     )
 )
 def test_every_address_is_shown_as_it_was_written(text: str) -> None:
     assert str(parse_address(text)) == text
 
 
-@given(st.one_of(st.text(), st.text("tcpunix:/@[]%.0123456789abcdef-")))
+@given(st.one_of(st.text(), st.text("tcpunixfd:/@[]%.0123456789abcdef-")))
 def test_any_text_is_an_address_that_reads_again_or_is_refused(text: str) -> None:
     try:
         address = parse_address(text)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from forkd.system.channel import Channel, ChannelClosed, channel_pair, peer_uid
+from forkd.system.channel import MOST_DESCRIPTORS, Channel, ChannelClosed, channel_pair, peer_uid
 from forkd.wire import LARGEST, Message, encode
 
 
@@ -175,3 +175,182 @@ def test_who_connected_a_unix_socket_is_known() -> None:
         assert peer_uid(ours) == os.geteuid()
     with pytest.raises(OSError, match="Bad file descriptor"):
         peer_uid(ours)
+
+
+def descriptors_here() -> list[str]:
+    return os.listdir("/proc/self/fd")
+
+
+@pytest.fixture
+def files() -> Iterator[tuple[int, int]]:
+    """Two files in memory that hold their own names."""
+    made = [os.memfd_create(name) for name in ("one", "two")]
+    for descriptor, name in zip(made, (b"one", b"two"), strict=True):
+        os.write(descriptor, name)
+    yield made[0], made[1]
+    for descriptor in made:
+        os.close(descriptor)
+
+
+def contents(descriptor: int) -> bytes:
+    return os.pread(descriptor, 10, 0)
+
+
+def test_descriptors_come_with_their_message_as_copies_that_no_program_inherits(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    ours.send_with({"with": 2}, files)
+    ours.send({"with": 0})
+    wait(theirs)
+    assert theirs.receive()[0] == {"with": 2}
+    assert [contents(descriptor) for descriptor in theirs.descriptors] == [b"one", b"two"]
+    assert not set(theirs.descriptors) & set(files)
+    assert [os.get_inheritable(descriptor) for descriptor in theirs.descriptors] == [False, False]
+
+
+def test_descriptors_of_several_messages_come_in_their_order(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    for number in (0, 1, 0):
+        ours.send_with({"n": number}, [files[number]])
+    received: list[Message] = []
+    while len(received) < 3:
+        wait(theirs)
+        received += theirs.receive()
+    assert [message["n"] for message in received] == [0, 1, 0]
+    assert [contents(descriptor) for descriptor in theirs.descriptors] == [b"one", b"two", b"one"]
+
+
+def test_as_many_descriptors_come_as_one_message_may_carry(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    ours.send_with({"many": True}, [files[0]] * MOST_DESCRIPTORS)
+    wait(theirs)
+    assert theirs.receive() == [{"many": True}]
+    assert len(theirs.descriptors) == MOST_DESCRIPTORS
+    with pytest.raises(ChannelClosed):
+        ours.send_with({"more": True}, [files[0]] * (MOST_DESCRIPTORS + 1))
+
+
+def test_from_a_side_that_may_not_send_descriptors_they_are_not_even_opened(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    before = descriptors_here()
+    for number in range(3):
+        theirs.send_with({"n": number}, files)
+        wait(ours)
+        assert ours.receive() == [{"n": number}]
+    assert ours.descriptors == []
+    assert descriptors_here() == before
+    ours.takes_descriptors = True
+    theirs.send_with({"n": 3}, files)
+    wait(ours)
+    assert ours.receive() == [{"n": 3}]
+    assert len(ours.descriptors) == 2
+
+
+def test_closing_closes_the_descriptors_that_nobody_has_taken(files: tuple[int, int]) -> None:
+    before = descriptors_here()
+    ours, theirs = channel_pair()
+    ours.send_with({}, files)
+    wait(theirs)
+    theirs.receive()
+    taken = theirs.descriptors.pop(0)
+    os.close(theirs.descriptors[0])  # somebody has closed what he has not taken
+    ours.close()
+    theirs.close()
+    assert theirs.descriptors == []
+    assert contents(taken) == b"one"
+    os.close(taken)
+    assert descriptors_here() == before
+
+
+def test_descriptors_that_are_open_when_a_channel_ends_badly_are_closed_with_it(files: tuple[int, int]) -> None:
+    before = descriptors_here()
+    ours, theirs = channel_pair()
+    with theirs_raw(ours) as sock:
+        socket.send_fds(sock, [b"no message\n"], list(files))
+        wait(theirs)
+        with pytest.raises(ChannelClosed, match="not JSON"):
+            theirs.receive()
+        theirs.close()
+    ours.close()
+    assert descriptors_here() == before
+
+
+def theirs_raw(channel: Channel) -> socket.socket:
+    """The bare socket of a channel, a copy."""
+    return socket.socket(fileno=os.dup(channel.fileno()))
+
+
+def test_a_message_with_descriptors_does_not_wait(pair: tuple[Channel, Channel], files: tuple[int, int]) -> None:
+    ours, theirs = pair
+    while not ours.waiting:
+        ours.send({"x": "x" * 50_000})
+    with pytest.raises(ChannelClosed, match="does not read"):
+        ours.send_with({"log": 1}, files)
+    received: list[Message] = []
+    while ours.waiting:
+        ours.flush()
+        wait(theirs)
+        received += theirs.receive()
+    ours.send_with({"log": 2}, files)
+    while {"log": 2} not in received:
+        wait(theirs)
+        received += theirs.receive()
+    assert {"log": 1} not in received
+    assert len(theirs.descriptors) == 2
+
+
+def test_the_rest_of_a_message_with_descriptors_waits_and_arrives(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    message = {"x": "x" * (LARGEST - 100)}
+    ours.send_with(message, files)
+    assert ours.waiting
+    received: list[Message] = []
+    while not received:
+        ours.flush()
+        wait(theirs)
+        received += theirs.receive()
+    assert received == [message]
+    assert [contents(descriptor) for descriptor in theirs.descriptors] == [b"one", b"two"]
+
+
+def test_descriptors_to_who_has_gone_and_ones_that_are_closed_are_told(
+    pair: tuple[Channel, Channel], files: tuple[int, int]
+) -> None:
+    ours, theirs = pair
+    closed = os.memfd_create("closed")
+    os.close(closed)
+    with pytest.raises(ChannelClosed, match="Bad file descriptor"):
+        ours.send_with({}, [closed])
+    theirs.close()
+    with pytest.raises(ChannelClosed):
+        ours.send_with({}, files)
+
+
+def test_the_channel_of_a_descriptor_goes_on_where_another_was(wired: tuple[Channel, socket.socket]) -> None:
+    channel, peer = wired
+    peer.send(encode({"before": 1}))
+    again = Channel.of(os.dup(channel.fileno()))
+    channel.close()
+    assert again.receive() == [{"before": 1}]
+    again.send({"after": 1})
+    assert peer.recv(100) == encode({"after": 1})
+    again.close()
+
+
+def test_the_channel_of_no_descriptor_is_a_closed_one() -> None:
+    before = descriptors_here()
+    channel = Channel.of(-1)
+    assert channel.fileno() == -1
+    with pytest.raises(ChannelClosed):
+        channel.receive()
+    channel.close()
+    assert descriptors_here() == before

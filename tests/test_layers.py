@@ -122,6 +122,13 @@ def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> N
     assert [module for module in found if module.startswith(heavy)] == []
 
 
+def test_one_client_costs_neither_a_master_nor_what_makes_a_daemon() -> None:
+    found = loaded("import forkd.cli.single")
+    assert "forkd.serve.once" in found
+    heavy = ("daemon", "forkd.master", "forkd.serve.worker", "forkd.app.assembly", "forkd.serve.rendezvous")
+    assert [module for module in found if module.startswith(heavy)] == []
+
+
 def test_only_one_module_imports_what_a_user_names() -> None:
     """`cli.parser` and `cli.look` import forkd's own modules and shtab late, by names of their own."""
     text = {module: path.read_text() for module, path in MODULES.items()}
@@ -131,5 +138,5 @@ def test_only_one_module_imports_what_a_user_names() -> None:
 
 def test_only_the_places_that_are_known_for_it_fork() -> None:
     found = {module for module, path in MODULES.items() if "os.fork(" in path.read_text()}
-    assert found <= {"forkd.master.spawn", "forkd.app.start", "forkd.app.check", "forkd.app.assembly"}
+    assert found <= {"forkd.master.spawn", "forkd.app.launcher", "forkd.app.check", "forkd.app.assembly"}
     assert "forkd.master.spawn" in found

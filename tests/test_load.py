@@ -83,7 +83,7 @@ FOUND = """\
 3:10: workers: 'no' is not a whole number
 5:14: listen[0].address: '127.0.0.1:80' has no scheme; did you mean tcp://127.0.0.1:80?
 6:14: listen[0].handler: 'chat.server' is not a handler; write module:attribute, as in chat.server:ChatProtocol
-7:5: listen[1].address: is missing; where to listen: tcp://HOST:PORT, unix:/path or unix:@name
+7:5: listen[1].address: is missing; where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME (systemd's)
 8:14: listen[1].backlog: '22:22' is not a whole number
 11:11: listen[2].mode: means a unix socket's path, and tcp://127.0.0.1:0 has none
 12:28: listen[2].limits.write_buffer: '64K' is not a size; write a number with B, KB, MB, GB, KiB, MiB, GiB, as in 64KiB
@@ -95,7 +95,7 @@ FOUND = """\
 18:10: log.level: tags such as tag:yaml.org,2002:python/name:os.system have no meaning here
 19:6: log.to: has no value; expected a path or journal or stderr
 20:14: python_path: expected a sequence, found '/srv'
-21:1: a sequence: unknown setting; there are name, workers, listen
+21:1: a sequence: unknown setting; there are name, mode, workers, listen
 """
 
 
@@ -260,7 +260,7 @@ def test_the_last_override_of_a_setting_holds_and_repairs_the_file(right: Read) 
     [
         ("listen.5.backlog", "1", "there is no listen.5 to set it in"),
         ("listen.².backlog", "1", "²: unknown setting; there are address, handler"),
-        ("nonsense.x", "1", "nonsense: unknown setting; there are name, workers, listen"),
+        ("nonsense.x", "1", "nonsense: unknown setting; there are name, mode, workers, listen"),
         ("wokers", "1", "wokers: unknown setting; did you mean 'workers'?"),
         ("log.levle", "info", "levle: unknown setting; did you mean 'level'?"),
         ("listen.levle", "info", "levle: unknown setting; there are address, handler"),
@@ -290,7 +290,7 @@ def test_settings_from_the_command_line_alone_need_no_file() -> None:
     assert mistakes(None) == ["settings: listen: is missing; the listeners, each with its own handler"]
     assert mistakes(None, Override("listen", [{"address": "80", "handler": "a:b"}], "--listen 80")) == [
         "--listen 80: listen[0].address: '80' is not an address; write "
-        "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"
+        "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"
     ]
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from processes import eventually
 
 from forkd.errors import ForkdError
-from forkd.system.logs import DescriptorHandler, JsonFormatter, TextFormatter, default_log_file, open_log
+from forkd.system.logs import DescriptorHandler, JsonFormatter, TextFormatter, default_log_file, open_log, same_file
 
 FIRST = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (\w+) forkd master\[(\d+)\] tested: (.*)")
 HOSTILE = st.text(st.sampled_from("a\n\r\t\x0b\x0c\x1b\x1c\x85\x9b\u2028\u2029\x00\x7f |")) | st.text()
@@ -278,3 +278,65 @@ def test_every_logger_and_warning_of_a_process_goes_to_its_descriptor(form: str)
         ("WARNING", "chat", "worker 1", "py.warnings"),
     ]
     assert "third" in lines[2]
+
+
+REPLACING = """
+import logging, os, sys
+from forkd.system.logs import open_log, replace_log, start_logging
+from pathlib import Path
+log = DESCRIPTOR
+start_logging("chat", "info", "text", log)
+logging.info("first")
+before = len(os.listdir("/proc/self/fd"))
+for name in ("second", "third"):
+    replace_log(open_log(Path(sys.argv[1], name)))
+    logging.info(name)
+    print("out", flush=True)
+    print("err", file=sys.stderr, flush=True)
+assert len(os.listdir("/proc/self/fd")) == before
+assert os.get_inheritable(1) and os.get_inheritable(2)
+assert log < 3 or not os.get_inheritable(log)
+"""
+
+
+def replaced(tmp_path: Path, log: str, *, err_to_log: bool) -> list[list[str]]:
+    """What a process that changes its log twice leaves in each of the three, and on standard output."""
+    first = tmp_path / "first"
+    program = REPLACING.replace("DESCRIPTOR", log)
+    with first.open("ab") as opened:
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        err = opened if err_to_log else subprocess.PIPE
+        result = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            check=False,
+            timeout=60,
+            env={**os.environ, "FIRST": str(first)},
+        )
+    assert result.returncode == 0, result.stderr or first.read_text()
+    texts = [(tmp_path / name).read_text() for name in ("first", "second", "third")]
+    return [[line.split()[-1] for line in text.splitlines()] for text in [*texts, result.stdout.decode()]]
+
+
+def test_a_log_that_was_replaced_takes_records_and_standard_error_where_that_was_the_log(tmp_path: Path) -> None:
+    log = "open_log(Path(os.environ['FIRST']))"
+    assert replaced(tmp_path, log, err_to_log=True) == [["first"], ["second", "err"], ["third", "err"], ["out", "out"]]
+
+
+def test_a_log_that_was_standard_error_itself_is_replaced_under_its_number(tmp_path: Path) -> None:
+    assert replaced(tmp_path, "2", err_to_log=True) == [["first"], ["second", "err"], ["third", "err"], ["out", "out"]]
+
+
+def test_standard_error_that_was_not_the_log_stays_what_it_was(tmp_path: Path) -> None:
+    log = "open_log(Path(os.environ['FIRST']))"
+    assert replaced(tmp_path, log, err_to_log=False) == [["first"], ["second"], ["third"], ["out", "out"]]
+
+
+def test_two_descriptors_of_one_file_are_known_for_it_and_a_closed_one_is_no_file(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as one, opened(tmp_path / "a") as again, opened(tmp_path / "b") as other:
+        assert same_file(one, one)
+        assert same_file(one, again)
+        assert not same_file(one, other)
+    for pair in ((one, one), (one, 2), (2, one), (-1, 2)):
+        assert not same_file(*pair)

@@ -23,6 +23,7 @@ def test_what_a_running_daemon_cannot_leave_needs_more_than_a_reload() -> None:
         "name",
         "run_directory",
         "working_directory",
+        "mode",
     }
     assert {name for name, found in needs.items() if found is Needs.UPGRADE} == {"preload"}
 

@@ -35,6 +35,17 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
+def test_the_options_of_once_are_settings_of_its_mode() -> None:
+    text = "once --timeout 5s --from 10.0.0.0/8 --from ::1 --adopt --fd 7 --pid-file /tmp/p --log /tmp/l --listen fd:"
+    settings = settings_of(parse(words(text)))
+    once = settings.once
+    assert (settings.mode, settings.log.to, str(settings.listen[0].address)) == ("once", Path("/tmp/l"), "fd:")
+    assert [str(network) for network in once.from_] == ["10.0.0.0/8", "::1/128"]
+    assert (once.timeout, once.adopt, once.fd, once.pid_file) == (5.0, True, 7, Path("/tmp/p"))
+    assert str(settings_of(parse(words("once --rendezvous tcp://[::1]:9"))).once.rendezvous) == "tcp://[::1]:9"
+    assert settings_of(parse(["once"])).once.timeout is None
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -44,7 +55,7 @@ def words(text: str) -> list[str]:
         ("statsu --json", "did you mean 'status'?"),
         (
             "reboot-all",
-            "there is no command 'reboot-all'; there are run, start, restart, check, stop, reload, upgrade, status",
+            "there is no command 'reboot-all'; there are run, start, restart, check, stop, reload, upgrade, status, scale, once",
         ),
         ("--nonsense", "required: COMMAND"),
         ("start --nonsense", "unrecognized arguments: --nonsense; see forkd --help"),

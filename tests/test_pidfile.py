@@ -152,6 +152,39 @@ def test_removing_leaves_a_successors_file(path: Path) -> None:
             assert PidFile(path, "x").holder() == (True, os.getpid())
 
 
+@pytest.mark.parametrize("lent", [False, True])
+def test_a_lock_that_was_handed_over_is_held_with_who_had_it(path: Path, lent: bool) -> None:
+    with acquired(path) as theirs:
+        theirs.write()
+        ours = PidFile(path, "mine")
+        ours.adopt(os.dup(theirs.descriptor), lent=lent)
+        theirs.close()
+        assert PidFile(path, "other").holder() == (True, os.getpid())
+        with pytest.raises(AlreadyRunning):
+            PidFile(path, "other").acquire()
+        ours.close()
+        assert PidFile(path, "other").holder() == (False, os.getpid())
+
+
+def test_who_is_lent_the_lock_does_not_remove_the_file_until_it_is_his(path: Path) -> None:
+    with acquired(path) as theirs:
+        theirs.write()
+        ours = PidFile(path, "mine")
+        ours.adopt(os.dup(theirs.descriptor), lent=True)
+        ours.remove()
+        assert ours.descriptor == -1
+        assert PidFile(path, "other").holder() == (True, os.getpid())
+        ours.adopt(os.dup(theirs.descriptor), lent=True)
+        path.write_text("1\n")
+        ours.write()
+        assert path.read_text() == f"{os.getpid()}\n"
+        theirs.lent = True
+        theirs.remove()
+        assert path.exists()
+        ours.remove()
+        assert not path.exists()
+
+
 def before_each_lock(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> None:
     """Has something happen right before each flock(2), in turn."""
     waiting = list(actions)
@@ -244,8 +277,8 @@ def make_open_above(path: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (make_link, "is not a directory but should be"),
-        (lambda path: path.symlink_to("nowhere"), "is not a directory but should be"),
+        (make_link, "is a symbolic link; remove it, or set run_directory"),
+        (lambda path: path.symlink_to("nowhere"), "is a symbolic link; remove it, or set run_directory"),
         (Path.touch, "is not a directory but should be"),
         (lambda path: make_open(path, 0o777), "open to others to write; remove it or set run_directory"),
         (lambda path: make_open(path, 0o775), "open to others to write; remove it or set run_directory"),

@@ -61,15 +61,19 @@ def test_the_plain_form_is_mappings_lists_and_text_alone(found: Settings) -> Non
 def test_the_plain_form_has_every_setting_as_it_would_stand_in_a_file_and_leaves_out_what_is_unset() -> None:
     assert to_plain(listening(workers=3, run_directory=Path("/run/x"))) == {
         "name": "echo",
+        "mode": "pool",
         "workers": "3",
         "listen": [{**LISTENER, "kind": "auto", "backlog": "4096", "limits": {"write_buffer": "64MiB"}}],
         "python_path": [],
         "preload": "false",
         "run_directory": "/run/x",
+        "groups": [],
+        "rlimits": {},
         "boot_timeout": "1m",
         "stall_timeout": "30s",
         "drain_timeout": "30s",
         "recycle": {"connections": "0", "age": "0s", "memory": "0B", "jitter": "10%"},
+        "once": {"from": [], "adopt": "false"},
         "log": {"level": "info", "format": "text", "to": "stderr"},
     }
 

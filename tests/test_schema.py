@@ -139,6 +139,11 @@ recycle: {connections: 0, age: 0, memory: 0, jitter: 0%}
 recycle: {jitter: 100%}
 recycle: {jitter: 2.5%}
 recycle: {}
+mode: pool
+mode: once
+once: {timeout: 30s, from: [10.0.0.0/8, '::1', 192.168.7.9], adopt: true, fd: 7, pid_file: /run/x}
+once: {rendezvous: 'tcp://[::1]:7'}
+once: {}
 python_path: [/a, b]
 log: {level: debug, format: json, to: stderr}
 log: {to: /var/log/x}
@@ -177,6 +182,14 @@ recycle: {jitter: 0.1}
 recycle: {jitter: 101%}
 recycle: {jitter: 0x1%}
 recycle: {jiter: 1%}
+mode: twice
+once: true
+once: {timeout: 30}
+once: {from: 10.0.0.0/8}
+once: {from: [localhost]}
+once: {from_: []}
+once: {fd: -1}
+once: {rendezvous: 'unix:/tmp/x'}
 python_path: /srv
 log: info
 log:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import resource
 import select
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -68,7 +73,7 @@ def test_a_row_that_is_handed_out_after_the_fork_is_shared_too(make: Callable[[i
 def test_the_memory_is_reached_through_its_descriptor_too(make: Callable[[int], Scoreboard]) -> None:
     board = make(2)
     claimed(board, 1234)
-    assert (1234).to_bytes(8, "little") in os.pread(board.descriptor, 4096, 0)
+    assert (1234).to_bytes(8, "little") in os.pread(board.descriptor, mmap.PAGESIZE, mmap.PAGESIZE)
     assert not os.get_inheritable(board.descriptor)
 
 
@@ -82,9 +87,75 @@ def test_the_lowest_free_row_is_handed_out(make: Callable[[int], Scoreboard]) ->
     assert [row[Field.PID] for row in board.rows()] == [11, 15, 16, 14, 17]
 
 
-def test_a_row_that_nobody_has_marked_as_his_is_handed_out_again(make: Callable[[int], Scoreboard]) -> None:
+def test_what_a_worker_writes_does_not_make_its_row_somebody_elses(make: Callable[[int], Scoreboard]) -> None:
     board = make(2)
-    assert board.claim().index == board.claim().index == 0
+    row = claimed(board, 1)
+    row[Field.PID] = 0
+    assert board.claim().index == 1
+
+
+def test_a_row_that_was_adopted_is_not_handed_out(make: Callable[[int], Scoreboard]) -> None:
+    before = make(3)
+    claimed(before, 1)
+    claimed(before, 2)
+    after = Scoreboard(3, before.descriptor)
+    assert after.adopt(1)[Field.PID] == 2
+    assert [after.claim().index, after.claim().index] == [0, 2]
+
+
+def died(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return signal.Signals(-code).name if code < 0 else str(code)
+
+
+def test_a_worker_that_is_confined_writes_its_own_row_and_reads_the_others(make: Callable[[int], Scoreboard]) -> None:
+    board = make(4)
+    first, own, later = (claimed(board, pid) for pid in (1, 2, 3))
+    loads = board.loads()
+    child = os.fork()
+    if child == 0:
+        board.confine(own)
+        own[Field.ERRORS] = 5
+        first_seen = first[Field.PID] == 1 and list(loads) == [NOBODY] * 3 and later[Field.PID] == 3
+        os._exit(0 if first_seen and board.descriptor == -1 else 1)
+    assert died(os.waitpid(child, 0)[1]) == "0"
+    assert own[Field.ERRORS] == 5
+
+
+@pytest.mark.parametrize("reach", ["another's row", "the header", "memory that it makes writable"])
+def test_a_worker_that_is_confined_dies_of_writing_elsewhere(make: Callable[[int], Scoreboard], reach: str) -> None:
+    board = make(4)
+    other, own = claimed(board, 1), claimed(board, 2)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        board.confine(own)
+        if reach == "the header":
+            board._header[0] = 1 << 60
+        elif reach == "another's row":
+            other[Field.HEARTBEAT] = -1
+        else:
+            address = ctypes.c_void_p(board._address)
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            os._exit(7 if ctypes.CDLL(None).mprotect(address, mmap.PAGESIZE * 2, protection) else 8)
+        os._exit(0)
+    assert died(os.waitpid(child, 0)[1]) == ("7" if reach.startswith("memory") else "SIGSEGV")
+    assert (board.used, other[Field.HEARTBEAT]) == (2, 0)
+
+
+def test_nobody_can_make_the_memory_shorter_or_longer(make: Callable[[int], Scoreboard]) -> None:
+    board = make(4)
+    for size in (0, mmap.PAGESIZE * 100):
+        with pytest.raises(PermissionError):
+            os.ftruncate(board.descriptor, size)
+
+
+def test_the_memory_costs_no_second_descriptor(make: Callable[[int], Scoreboard]) -> None:
+    board = make(4)
+    name = os.readlink(f"/proc/self/fd/{board.descriptor}")
+    other = make(4)
+    links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+    assert links.count(name) == 2, other
 
 
 def test_a_row_is_handed_out_clean_and_takes_no_clients(make: Callable[[int], Scoreboard]) -> None:
@@ -92,7 +163,9 @@ def test_a_row_is_handed_out_clean_and_takes_no_clients(make: Callable[[int], Sc
     row = claimed(board, 1)
     for field in Field:
         row[field] = 99
-    row[Field.PID] = 0  # as by a worker that wrote nonsense before it died
+    row.clear()
+    for field in Field:
+        row[field] = -99  # as by somebody who has kept the memory
     row = board.claim()
     assert {field: row[field] for field in Field} == {field: NOBODY if field is Field.LOAD else 0 for field in Field}
 

@@ -156,7 +156,7 @@ def test_when_a_later_listener_fails_the_earlier_ones_are_given_back(
     [
         ("log.to=/dev/null/log", "can't open the log file /dev/null/log: /dev/null is not a directory"),
         ("working_directory={}/gone", "{}/gone: No such file or directory"),
-        ("listen.owner=nobody-of-this-name", "there is no user or group 'nobody-of-this-name' on this machine"),
+        ("listen.owner=nobody-of-this-name", "there is no user 'nobody-of-this-name' on this machine"),
     ],
 )
 def test_what_the_settings_point_to_must_be_there(harness: Harness, verb: str, setting: str, words: str) -> None:

@@ -58,6 +58,7 @@ def test_the_master_gets_where_its_events_lead(events: list[Event], mode: Mode) 
         ([Turn.READY, Turn.CLOSE, Turn.RETIRE], Life.CLOSING),
         ([Turn.READY, Turn.KILL, Turn.READY], Life.KILLED),
         ([Turn.READY, Turn.KILL, Turn.EXIT], Life.GONE),
+        ([Turn.RETIRE, Turn.KILL, Turn.CLOSE, Turn.RETIRE], Life.KILLED),
         ([Turn.EXIT], Life.GONE),
         ([Turn.EXIT, Turn.READY], Life.GONE),
     ],
@@ -116,15 +117,28 @@ def test_a_signal_has_one_row_with_a_sentence() -> None:
         (signal.SIGTTIN, Order.MORE),
         (signal.SIGTTOU, Order.FEWER),
         (signal.SIGCHLD, Order.REAP),
+        (signal.SIGHUP, Order.RELOAD),
+        (signal.SIGUSR1, Order.REOPEN),
+        (signal.SIGUSR2, Order.UPGRADE),
     ],
 )
 def test_a_signal_asks_for_what_operators_expect(number: signal.Signals, order: Order) -> None:
     assert [row.order for row in MASTER if row.signal == number] == [order]
 
 
+def test_every_order_can_be_given_by_a_signal() -> None:
+    assert {row.order for row in MASTER} == set(Order)
+
+
 def test_a_worker_ignores_none_of_the_signals_that_end_it() -> None:
-    assert not {signals.DRAIN, signals.CLOSE, signals.KILL} & set(signals.WORKER_IGNORES)
-    assert len({signals.DRAIN, signals.CLOSE, signals.KILL}) == 3
+    ends = {signals.DRAIN, signals.CLOSE, signals.KILL}
+    assert not ends & set(signals.WORKER_IGNORES)
+    assert len(ends) == 3
+
+
+def test_the_order_to_write_stacks_is_a_signal_of_its_own_and_harms_nobody_who_is_not_ready_for_it() -> None:
+    assert signals.DUMP not in {signals.DRAIN, signals.CLOSE, signals.KILL, *(row.signal for row in MASTER)}
+    assert signals.DUMP in signals.WORKER_IGNORES
 
 
 def test_a_worker_that_can_not_tell_its_stacks_yet_is_not_hurt_when_it_is_asked() -> None:
@@ -133,5 +147,5 @@ def test_a_worker_that_can_not_tell_its_stacks_yet_is_not_hurt_when_it_is_asked(
 
 
 def test_what_the_masters_keyboard_and_terminal_send_leaves_workers_to_the_master() -> None:
-    of_the_group = {signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU}
+    of_the_group = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU}
     assert of_the_group <= set(signals.WORKER_IGNORES)

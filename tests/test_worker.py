@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 
 class Polite(asyncio.Protocol):
-    """Greets and echoes; says goodbye when its worker drains, and closes; who has said `wait` says `bye` first."""
+    """Greets and echoes; when its worker drains it says goodbye and closes, but after `wait` it waits for `bye`."""
 
     heard = b""
 
@@ -217,7 +217,9 @@ def test_a_worker_that_drains_has_nothing_more_to_tell(take_seat: Callable[..., 
 def test_wear_is_not_told_to_a_master_that_is_gone_and_harms_nobody(take_seat: Callable[..., Seat]) -> None:
     seat = take_seat(age=1e-6)
     seat.master.shutdown(socket.SHUT_RDWR)
+    before = seat.worker._next_beat
     seat.worker._beat()
+    assert seat.worker._next_beat > before
     seat.loop.selector.epoll.unregister(seat.line.fileno())  # or it would find its master dead, and set an alarm
 
 

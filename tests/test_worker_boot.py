@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 from processes import PATIENCE
@@ -35,20 +36,18 @@ def test_the_stacks_of_a_worker_that_hangs_in_an_import_can_be_had(tmp_path: Pat
         finally:
             os._exit(1)
     os.close(writer)
-    try:
-        with (
-            open(tmp_path / "gate", "wb"),
-            open(reader, "rb", buffering=0) as pipe,
-        ):  # both are open: it waits for a byte
-            os.kill(child, signals.DUMP)
-            stacks = b""
-            while b"gate.py" not in stacks:
-                assert select.select([pipe], [], [], PATIENCE)[0], stacks
-                piece = pipe.read(65536)
-                assert piece, stacks
-                stacks += piece
-    finally:
-        os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        ours.close()
-        theirs.close()
+    with ExitStack() as stack:
+        stack.callback(ours.close)
+        stack.callback(theirs.close)
+        stack.enter_context(open(tmp_path / "gate", "wb"))  # when both have opened it, the import waits for a byte
+        stack.callback(os.waitpid, child, 0)
+        stack.callback(os.kill, child, signal.SIGKILL)
+        pipe = stack.enter_context(open(reader, "rb", buffering=0))
+        os.kill(child, signals.DUMP)
+        stacks = b""
+        while b"gate.py" not in stacks:
+            assert select.select([pipe], [], [], PATIENCE)[0], stacks
+            piece = pipe.read(65536)
+            assert piece, stacks
+            stacks += piece
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)

@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from forkd.app.prepare import prepare
+from forkd.app.prepare import prepare, warn
+from forkd.app.whereabouts import enter_directory, log_target, run_directory
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
-from forkd.errors import BootError, ForkdError, HandlerError
+from forkd.errors import BootError, HandlerError
 from forkd.master.control import ControlSocket
 from forkd.master.errands import Errands
 from forkd.master.generation import Generation
 from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
 from forkd.system.channel import Channel
-from forkd.system.logs import default_log_file, open_log, start_logging
+from forkd.system.identity import find_identity
+from forkd.system.logs import open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
+from forkd.system.process import close_all_but
 from forkd.system.scoreboard import Row, Scoreboard
 from forkd.system.sockets import BoundListener, bind_all
 
@@ -60,15 +63,12 @@ class Held:
         lent = self.legacy.bound if self.legacy is not None else ()
         return [self.run.pid_file.descriptor, *{s.fileno() for one in (*self.bound, *lent) for s in one.sockets}]
 
-
-def run_directory(settings: Settings) -> RunDirectory:
-    """The run directory that the settings mean."""
-    return RunDirectory(settings.name, settings.run_directory)
-
-
-def log_target(settings: Settings, *, detached: bool) -> Path | str | None:
-    """Where the daemon logs: a file, the journal, or None for the standard error that it was started with."""
-    return settings.log.to or (default_log_file(settings.name) if detached else None)
+    def close_legacy(self) -> None:
+        """In a forked child: closes what was lent and not taken."""
+        taken = {sock.fileno() for bound in self.bound for sock in bound.sockets}
+        for bound in self.legacy.bound if self.legacy is not None else ():
+            if not taken & {sock.fileno() for sock in bound.sockets}:
+                bound.close()
 
 
 def run_foreground(settings: Settings, reread: Reread) -> None:
@@ -91,16 +91,6 @@ def run_foreground(settings: Settings, reread: Reread) -> None:
             if settings.log.to is None:
                 error.details = ""  # they stand in the log, a few lines above
             raise
-
-
-def enter_directory(settings: Settings) -> None:
-    """Changes to the working directory that the settings name, if they do. Raises ForkdError."""
-    if settings.working_directory is not None:
-        try:
-            os.chdir(settings.working_directory)
-        except OSError as error:
-            where = settings.working_directory
-            raise ForkdError(f"can't change to working_directory {where}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -138,7 +128,7 @@ class Daemon:
     held: Held
     place: Place
     reread: Reread
-    on_ready: Callable[[], None] = lambda: None
+    on_ready: Callable[[], object] = lambda: None
     hang_up: Callable[[], None] = lambda: None
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
@@ -153,12 +143,15 @@ class Daemon:
             ForkdError: it could not come up, or gave up.
         """
         run, bound = self.held.run, self.held.bound
+        identity = find_identity(settings)
         if settings.preload:
             preload(settings)
         if self.held.legacy is None:
             run.pid_file.write()
         control = ControlSocket(run.control, self.selector, beside=self.held.legacy is not None)
-        self._conduct(Generation(1, settings, bound, log_descriptor), control, Scoreboard(2 * MOST_WORKERS))
+        warn(settings)
+        generation = Generation(1, settings, bound, log_descriptor, identity)
+        self._conduct(generation, control, Scoreboard(2 * MOST_WORKERS))
 
     def resume(self, heritage: Heritage) -> None:
         """Runs a master to its end that goes on where another image of it left off. Raises as `serve`."""
@@ -177,10 +170,15 @@ class Daemon:
         def work(generation: Generation, slot: int, row: Row, channel: Channel) -> int:
             settings = generation.settings
             start_logging(settings.name, settings.log.level, settings.log.form, generation.log)
-            return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid))
+            board.confine(row)
+            if not settings.preload:  # else a module may own some of those that are not known here
+                listeners = [sock.fileno() for bound in generation.bound for sock in bound.sockets]
+                close_all_but({0, 1, 2, generation.log, channel.fileno(), *listeners})
+            return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid, generation.identity))
 
         def abandon() -> None:
             self.held.run.pid_file.close()
+            self.held.close_legacy()
             self.hang_up()
 
         errands = Errands(
@@ -226,7 +224,7 @@ def preload(settings: Settings) -> None:
     Raises:
         HandlerError: one can't be imported, or has left threads running: a fork(2) has none of them.
     """
-    from forkd.serve.worker import import_handlers  # noqa: PLC0415 (as in `_conduct`)
+    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (as in `_conduct`)
 
     for handler in import_handlers(settings):
         if isinstance(handler, HandlerError):

@@ -6,6 +6,7 @@ The helper tells the master on its channel: the settings, each new listener with
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from collections.abc import Callable, Sequence
@@ -17,8 +18,20 @@ from forkd.errors import ForkdError
 from forkd.master.change import DIFF
 from forkd.master.generation import Generation
 from forkd.system.channel import Channel
+from forkd.system.identity import find_identity
+from forkd.system.limits import raise_limits
 from forkd.system.sockets import bind_listener, match_listeners
 from forkd.wire import Message
+
+log = logging.getLogger("forkd")
+
+
+def warn(settings: Settings) -> None:
+    """Logs what these settings want and can't have, or should not."""
+    for lacking in raise_limits(settings.rlimits):
+        log.warning("%s", lacking)
+    if settings.chroot is not None and settings.user is None and os.geteuid() == 0:
+        log.warning("chroot: holds nobody in who is root, as these workers are; set user too")
 
 
 def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[], Settings], directory: str) -> int:
@@ -35,13 +48,15 @@ def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[
         here = os.getcwd()
         os.chdir(directory)
         settings = reread()
+        identity = find_identity(settings)
         os.chdir(here)
         if verb == DIFF:
             lines = [str(one) for one in differences(present.settings, settings)]
             _say(channel, {"event": "differences", "differences": lines})
             return 0
         check_reloadable(present.settings, settings)
-        _say(channel, {"event": "settings", "settings": to_plain(settings)})
+        warn(settings)
+        _say(channel, {"event": "settings", "settings": to_plain(settings), "identity": identity.plain()})
         for place, kept in enumerate(match_listeners(settings.listen, present.bound)):
             if kept is None:
                 bound = bind_listener(settings.listen[place])

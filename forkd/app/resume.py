@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from forkd import signals
-from forkd.app.assembly import Daemon, Held, enter_directory, preload, run_directory
+from forkd.app.assembly import Daemon, Held, preload
 from forkd.app.check import check_addresses
 from forkd.app.prepare import check_reloadable
+from forkd.app.whereabouts import enter_directory, run_directory
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.master.heritage import Heritage, handed_settings
+from forkd.system.identity import find_identity
 from forkd.system.logs import start_logging
 from forkd.system.process import dump_stacks_on
 
@@ -44,7 +46,8 @@ def resume(state: str, reread: Callable[[], Settings]) -> None:
 
 def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     """All that could go wrong later, changing nothing."""
-    from forkd.serve.worker import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
+    from forkd.serve.handlers.load import import_handlers  # noqa: PLC0415 (nobody but this child pays for it here)
+    from forkd.serve.settle import settle  # noqa: PLC0415
 
     dump_stacks_on(signals.DUMP)
     settings = reread()
@@ -55,6 +58,7 @@ def _try(present: Settings, reread: Callable[[], Settings]) -> None:
     enter_directory(settings)
     if settings.preload:
         preload(settings)
+    settle(settings, find_identity(settings))
     for handler in import_handlers(settings):
         if isinstance(handler, HandlerError):
             raise handler

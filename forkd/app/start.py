@@ -1,28 +1,22 @@
-"""The daemon started in the background: the launcher returns when every worker serves, or with the reason why not.
+"""The daemon started in the background: its starter returns when every worker serves, or with the reason why not.
 
-The launcher makes a pipe and forks. The child takes the lock, binds, detaches with python-daemon (which forks twice)
-and says one thing on the pipe: that it is up, or what was wrong. End of file without a word means that it died.
+The child of the starter takes the lock, binds, detaches with python-daemon (which forks twice), and says that it is up.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from forkd.app.assembly import Daemon, Legacy, Reread, enter_directory, holding, log_target
+from forkd.app.assembly import Daemon, Legacy, Reread, holding
+from forkd.app.launcher import Launcher, fork_off
+from forkd.app.whereabouts import enter_directory, log_target
 from forkd.config.options import Settings
-from forkd.errors import BootError, ForkdError
+from forkd.errors import BootError
 from forkd.master.generation import wanted_workers
 from forkd.master.heritage import Place
 from forkd.system.logs import open_log, start_logging
-
-log = logging.getLogger("forkd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +27,6 @@ class Started:
     workers: int
     addresses: list[str]
     log: str
-
-
-class _Launcher:
-    """Who waits at the other end of the pipe."""
-
-    def __init__(self, writer: int) -> None:
-        self.writer = writer
-
-    def say(self, message: dict[str, Any]) -> None:
-        """Tells, once."""
-        if self.writer >= 0:
-            with contextlib.suppress(OSError):  # the launcher may have been interrupted
-                os.write(self.writer, json.dumps(message).encode())
-            self.hang_up()
-
-    def failed(self, error: ForkdError) -> None:
-        """Tells why not."""
-        self.say({"reason": str(error), "details": getattr(error, "details", ""), "status": error.status})
-
-    def hang_up(self) -> None:
-        """Closes the pipe without a word; for a worker, which would keep it open."""
-        if self.writer >= 0:
-            os.close(self.writer)
-            self.writer = -1
 
 
 def start_daemon(settings: Settings, reread: Reread, legacy: Legacy | None = None) -> Started:
@@ -70,41 +40,14 @@ def start_daemon(settings: Settings, reread: Reread, legacy: Legacy | None = Non
     Raises:
         ForkdError: it could not come up, with its own reason.
     """
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _become_daemon(settings, reread, legacy, _Launcher(writer))
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        words = pipe.read()
-    os.waitpid(child, 0)
-    message: dict[str, Any] = json.loads(words) if words else {"reason": "it ended without a word", "status": 1}
-    if "pid" in message:
-        return Started(**message)
-    error = BootError(message["reason"], message.get("details", ""))
-    error.status = message["status"]
-    raise error
-
-
-def _become_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launcher: _Launcher) -> NoReturn:
-    status = 1
+    child = fork_off(lambda launcher: _run_daemon(settings, reread, legacy, launcher))
     try:
-        _run_daemon(settings, reread, legacy, launcher)
-        status = 0
-    except ForkdError as error:
-        launcher.failed(error)
-        status = error.status
-    except BaseException as error:  # (a daemon has no terminal: its launcher and its log are its border)
-        log.critical("ends by an exception", exc_info=True)
-        launcher.failed(BootError(f"{type(error).__name__}: {error}"))
+        return Started(**child.hear())
     finally:
-        os._exit(status)
+        child.wait()  # python-daemon has ended it, and goes on in a child of its child
 
 
-def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launcher: _Launcher) -> None:
+def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launcher: Launcher) -> int:
     from daemon import DaemonContext  # noqa: PLC0415 (nobody but `forkd start` pays for it)
 
     directory = str(Path.cwd())
@@ -146,3 +89,4 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
             )
             daemon.serve(settings, descriptor)
             launcher.failed(BootError("it was stopped before it was ready"))
+    return 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from forkd.app.assembly import Legacy, run_directory, run_foreground
+from forkd.app.assembly import Legacy, run_foreground
 from forkd.app.resume import resume as resume_daemon
 from forkd.app.start import Started, start_daemon
+from forkd.app.whereabouts import run_directory
 from forkd.cli.ask import PROMPTLY, Conversation
 from forkd.cli.look import check_all
+from forkd.cli.single import serve
 from forkd.cli.target import read_target, run_directory_of, settings_of
 from forkd.config.address import parse_address
 from forkd.config.options import Listener, Settings
@@ -21,7 +23,10 @@ from forkd.wire import Message
 
 def run(command: argparse.Namespace) -> int:
     """`forkd run`."""
-    run_foreground(settings_of(command), lambda: settings_of(command))
+    settings = settings_of(command)
+    if settings.mode == "once":
+        return serve(settings, foreground=True)
+    run_foreground(settings, lambda: settings_of(command))
     return 0
 
 
@@ -34,6 +39,8 @@ def resume(command: argparse.Namespace, state: str) -> int:
 def start(command: argparse.Namespace) -> int:
     """`forkd start`. That it runs already is no failure, as init scripts have it."""
     settings = settings_of(command)
+    if settings.mode == "once":
+        return serve(settings, foreground=False)
     held, pid = run_directory(settings).pid_file.holder()
     if held:
         print(AlreadyRunning(settings.name, pid))

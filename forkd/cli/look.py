@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
-from forkd.app.assembly import run_directory
 from forkd.app.check import check_addresses, check_handlers
+from forkd.app.whereabouts import run_directory
 from forkd.cli.ask import Conversation
 from forkd.cli.parser import make_parser
 from forkd.cli.target import read_target, run_directory_of
 from forkd.config.load import Loaded
 from forkd.config.schema import json_schema, reference_page
 from forkd.errors import ConfigError, ForkdError, NotRunning
+from forkd.system.identity import Identity, look_up
 from forkd.system.logs import escaped
 
 _STOPPED = 3
@@ -115,8 +118,16 @@ def check_all(loaded: Loaded) -> None:
         ours = set()
     for index, error in check_addresses(loaded.settings, ours):
         loaded.add(str(error), "listen", loaded.listeners[index], "address")
-    for index, reason, details in check_handlers(loaded.settings):
-        loaded.add(reason, "listen", loaded.listeners[index], "handler")
+    settings, (identity, flaws) = loaded.settings, look_up(loaded.settings)
+    if flaws and os.geteuid() == 0:
+        return  # as root, which the workers are not to be, nobody's code is run
+    if flaws:
+        settings, identity = replace(settings, user=None, chroot=None), Identity()
+    for index, reason, details in check_handlers(settings, identity):
+        if index < 0:
+            loaded.add(reason, "chroot" if settings.user is None else "user")
+        else:
+            loaded.add(reason, "listen", loaded.listeners[index], "handler")
         if details:
             print(details, end="", file=sys.stderr)
 

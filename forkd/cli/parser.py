@@ -83,7 +83,24 @@ def make_parser() -> argparse.ArgumentParser:
         ("restart", "lifecycle:restart", "start a new master, which takes over addresses and name when it serves"),
         ("check", "look:check", "check settings, addresses and handlers, and tell all mistakes at once"),
     ):
-        _add_settings(_add(commands, name, run, sentence, _TARGET))
+        command = _add(commands, name, run, sentence, _TARGET)
+        command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
+        _add_settings(command)
+    _add_changes(commands)
+    status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
+    scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
+    _add_once(_add(commands, "once", "single:once", "serve exactly one client, in a process of its own", _TARGET))
+    schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
+    completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
+    return parser
+
+
+def _add_changes(commands: _Commands) -> None:
+    """The commands that change a running daemon as a whole."""
     stop = _add(commands, "stop", "lifecycle:stop", "let open connections end, then end; return when done", _RUNNING)
     stop.add_argument("--now", action="store_true", help="close open connections at once")
     reload = _add(
@@ -101,15 +118,6 @@ def make_parser() -> argparse.ArgumentParser:
         "go over to the code that is installed now, under the same PID",
         _RUNNING,
     )
-    status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
-    status.add_argument("--json", action="store_true", help="as one JSON object")
-    scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
-    scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
-    schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
-    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
-    completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
-    return parser
 
 
 def _add(commands: _Commands, name: str, run: str, sentence: str, target: str = "") -> argparse.ArgumentParser:
@@ -131,14 +139,13 @@ def _add_identity(command: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
     command.add_argument(
         "--listen",
         metavar="ADDRESS",
         action="append",
         default=[],
-        help="where to listen: tcp://HOST:PORT, unix:/path or unix:@name; repeatable. With a file, the first replaces "
-        "the address of its first listener, and so on",
+        help="where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME; repeatable. With a file, the first "
+        "replaces the address of its first listener, and so on",
     )
     command.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     command.add_argument(
@@ -148,6 +155,34 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         default=[],
         help="any other setting, as in --set log.format=json or --set listen.backlog=128; repeatable",
     )
+
+
+def _add_once(command: argparse.ArgumentParser) -> None:
+    _add_settings(command)
+    command.add_argument(
+        "--foreground", action="store_true", help="serve in this process; its exit status is the handler's verdict"
+    )
+    command.add_argument("--json", action="store_true", help="tell address and pid as one JSON object")
+    command.add_argument("--timeout", metavar="TIME", help="how long the client may take to come; then status 124")
+    command.add_argument(
+        "--from",
+        dest="networks",
+        metavar="NETWORK",
+        action="append",
+        default=[],
+        help="where the client may come from, as in 10.0.0.0/8 or ::1; repeatable",
+    )
+    command.add_argument(
+        "--adopt", action="store_true", help="give the connection the descriptor number of the listener"
+    )
+    command.add_argument("--fd", metavar="N", help="give the connection this descriptor number")
+    command.add_argument(
+        "--rendezvous",
+        metavar="ADDRESS",
+        help="no server: connect to tcp://PEER:PORT, which does the same, from where --listen says (simultaneous open)",
+    )
+    command.add_argument("--pid-file", metavar="PATH", help="a file with the process's number, while it is ready")
+    command.add_argument("--log", metavar="PATH", help="where to log; default: as `start`, with --foreground stderr")
 
 
 def _number(text: str) -> int:

@@ -11,7 +11,8 @@ from forkd.config import units
 from forkd.config.load import Loaded, read_settings
 from forkd.config.options import BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
 from forkd.config.override import Override
-from forkd.errors import ConfigError, UsageError
+from forkd.errors import UsageError
+from forkd.system.identity import look_up
 from forkd.system.pidfile import RunDirectory
 
 T = TypeVar("T")
@@ -22,14 +23,18 @@ _PLACES = (Path("/etc/forkd"), Path("etc/forkd"))
 
 def settings_of(command: argparse.Namespace) -> Settings:
     """The settings that a command means. Raises ConfigError with all mistakes, UsageError for no TARGET at all."""
-    loaded = read_target(command)
-    if loaded.problems:
-        raise ConfigError(loaded.problems)
-    return loaded.settings
+    return read_target(command).sound()
 
 
 def read_target(command: argparse.Namespace) -> Loaded:
     """As `settings_of`, with the mistakes beside what could be read. Raises UsageError."""
+    loaded = _read(command)
+    for key, message in look_up(loaded.settings)[1]:
+        loaded.add(message, *key.split("."))
+    return loaded
+
+
+def _read(command: argparse.Namespace) -> Loaded:
     target = command.target
     handler = BUILTIN_ECHO if target is None else target if _is_handler(target) else None
     if handler is None:
@@ -97,10 +102,10 @@ def _name(text: str) -> str:
 def _overrides(command: argparse.Namespace, *, with_listen: bool = True) -> list[Override]:
     given: list[tuple[str, Any, str]] = [
         ("name", command.name, "--name"),
-        ("workers", command.workers, "--workers"),
         ("log.level", command.log_level, "--log-level"),
         ("run_directory", command.run_directory, "--run-directory"),
     ]
+    given += _once_overrides(command) if command.command == "once" else [("workers", command.workers, "--workers")]
     if with_listen:
         given += [(f"listen.{index}.address", text, f"--listen {text}") for index, text in enumerate(command.listen)]
     for text in command.set:
@@ -109,3 +114,17 @@ def _overrides(command: argparse.Namespace, *, with_listen: bool = True) -> list
             raise UsageError(f"--set {text}: write KEY=VALUE")
         given.append((key, value, f"--set {text}"))
     return [Override(key, value, where) for key, value, where in given if value is not None]
+
+
+def _once_overrides(command: argparse.Namespace) -> list[tuple[str, Any, str]]:
+    networks = f"[{', '.join(command.networks)}]" if command.networks else None
+    return [
+        ("mode", "once", "forkd once"),
+        ("once.timeout", command.timeout, "--timeout"),
+        ("once.from", networks, "--from"),
+        ("once.adopt", "true" if command.adopt else None, "--adopt"),
+        ("once.fd", command.fd, "--fd"),
+        ("once.rendezvous", command.rendezvous, "--rendezvous"),
+        ("once.pid_file", command.pid_file, "--pid-file"),
+        ("log.to", command.log, "--log"),
+    ]

@@ -1,4 +1,4 @@
-"""Addresses as users write them: `tcp://HOST:PORT`, `unix:/path`, `unix:@abstract`.
+"""Addresses as users write them: `tcp://HOST:PORT`, `unix:/path`, `unix:@abstract`, `fd:NAME-or-NUMBER`.
 
 Parsing only: nothing is resolved, bound or looked up here.
 """
@@ -10,12 +10,15 @@ import socket
 from dataclasses import dataclass
 from typing import Literal
 
-FORMS = "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"
+FORMS = "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"
 
 #: sizeof(sockaddr_un.sun_path) less its final NUL, unix(7).
 LONGEST_PATH = 107
 
 _TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+
+# A name as systemd.socket(5) has it (FileDescriptorName=), but for spaces; or a number.
+_FD = re.compile(r"[0-9]{1,7}|(?![0-9]+$)[!-9;-~]{0,255}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,11 @@ class Address:
         scheme: the family of addresses.
         host: for tcp, a name or a numeric address without brackets; else empty.
         port: for tcp, 0 to 65535, 0 for any free one; else 0.
-        path: for unix, an absolute path, or `@` and the abstract name; else empty.
+        path: for unix, an absolute path, or `@` and the abstract name; for fd, the number or name that an inherited
+            socket has, empty for the first; else empty.
     """
 
-    scheme: Literal["tcp", "unix"]
+    scheme: Literal["tcp", "unix", "fd"]
     host: str = ""
     port: int = 0
     path: str = ""
@@ -37,11 +41,11 @@ class Address:
     @property
     def abstract(self) -> bool:
         """Whether it lives in Linux's abstract namespace, where no file stands for it (unix(7))."""
-        return self.path.startswith("@")
+        return self.scheme == "unix" and self.path.startswith("@")
 
     def __str__(self) -> str:
-        if self.scheme == "unix":
-            return f"unix:{self.path}"
+        if self.scheme != "tcp":
+            return f"{self.scheme}:{self.path}"
         return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
 
 
@@ -56,6 +60,8 @@ def parse_address(text: str) -> Address:
         return _parse_tcp(text, rest[2:])
     if separator and scheme == "unix":
         return _parse_unix(text, rest)
+    if separator and scheme == "fd":
+        return _parse_fd(text, rest)
     if _TCP.fullmatch(text):
         raise ValueError(f"{text!r} has no scheme; did you mean tcp://{text}?")
     if text.startswith(("/", "@")):
@@ -97,3 +103,12 @@ def _parse_unix(text: str, path: str) -> Address:
             f"{text!r}: a unix socket's path has at most {LONGEST_PATH} bytes, this one {len(path.encode())}"
         )
     return Address("unix", path=path)
+
+
+def _parse_fd(text: str, name: str) -> Address:
+    if not _FD.fullmatch(name):
+        raise ValueError(
+            f"{text!r}: write fd: and an inherited socket's number or systemd's name for it, as in fd:0 or fd:web, or "
+            "fd: alone for the first of systemd's"
+        )
+    return Address("fd", path=name)

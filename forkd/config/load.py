@@ -17,7 +17,8 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from forkd.config.options import Listener, ListOf, Option, Settings, default_of, options
+from forkd.config.agree import mistakes_of_once
+from forkd.config.options import Listener, ListOf, Option, Settings, default_of, made_of, options
 from forkd.config.override import Override, empty_mapping, graft, made_mark
 from forkd.config.units import Kind
 from forkd.errors import ConfigError, Problem
@@ -109,6 +110,8 @@ def read_graph(root: yaml.Node, reading: Loaded, base: dict[str, Any]) -> None:
         if isinstance(value, tuple):
             values[key] = tuple(item for item in value if item is not _WRONG)
     reading.settings = Settings(**{"listen": (), **values})
+    for keys, message in mistakes_of_once(reading.settings):
+        reading.add(message, *keys)
 
 
 def _where(mark: yaml.Mark) -> str:
@@ -214,7 +217,7 @@ def _value(node: yaml.Node, kind: Kind[Any] | ListOf | type, keys: Keys, reading
         return tuple(found)
     values = _section(node, kind, keys, reading, {})
     lacks = [key for key, option in options(kind).items() if option.required and key not in values]
-    return _WRONG if lacks else kind(**values)
+    return _WRONG if lacks else made_of(kind, values)
 
 
 def _scalar(node: yaml.Node, kind: Kind[Any], keys: Keys, reading: Loaded) -> Any:

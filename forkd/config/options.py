@@ -11,11 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forkd.config import units
 from forkd.config.address import Address
 from forkd.config.units import Kind
+
+if TYPE_CHECKING:
+    from forkd.config.units import Network
+
+T = TypeVar("T")
 
 BUILTIN_ECHO = "forkd.builtin:Echo"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7007"
@@ -86,7 +91,9 @@ class Limits:
 class Listener:
     """One address and the handler behind it."""
 
-    address: Address = _option(units.ADDRESS, "Where to listen: tcp://HOST:PORT, unix:/path or unix:@name.")
+    address: Address = _option(
+        units.ADDRESS, "Where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME (systemd's)."
+    )
     handler: str = _option(
         units.HANDLER, "What serves each connection: an asyncio.Protocol class or factory, or a streams coroutine."
     )
@@ -123,6 +130,26 @@ class Recycle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rlimits:
+    """What the kernel lets one worker have (setrlimit(2)). Not given: what the daemon was started with."""
+
+    nofile: int | None = _option(
+        units.FILES_LIMIT,
+        "Open descriptors, and so about as many connections. Default: as many as the hard limit that the daemon was "
+        "started with; unlimited: as many as fs.nr_open.",
+        None,
+    )
+    core: int | None = _option(
+        units.SIZE_LIMIT,
+        "Size of a core file. 0: none. More: also of workers that are another user than the daemon, which dump none "
+        "otherwise.",
+        None,
+    )
+    memlock: int | None = _option(units.SIZE_LIMIT, "Memory that may be locked.", None)
+    address_space: int | None = _option(units.SIZE_LIMIT, "Virtual memory.", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     """What is written, how and where."""
 
@@ -142,6 +169,38 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Once:
+    """What single-connection mode wants to know."""
+
+    timeout: float | None = _option(
+        units.DURATION,
+        "Time that the client has to come; then the exit status is 124. 0: as long as it takes, which is the default "
+        "but for a rendezvous, which has 2m.",
+        None,
+    )
+    from_: tuple[Network, ...] = _option(
+        ListOf(units.NETWORK),
+        "Networks that the client may come from; anybody else is turned away, and the wait goes on. Default: any.",
+        [],
+    )
+    adopt: bool = _option(
+        units.BOOLEAN, "Whether the connection takes over the descriptor number of the listener.", False
+    )
+    fd: int | None = _option(
+        units.integer(0, 65535),
+        "The descriptor number that the connection gets, for programs that want it there.",
+        None,
+    )
+    rendezvous: Address | None = _option(
+        units.PEER,
+        "The other end of a TCP simultaneous open: both ends connect to each other, each from where it listens "
+        "otherwise, and there is no server.",
+        None,
+    )
+    pid_file: Path | None = _option(units.PATH, "A file with the process's number, while it is ready and serves.", None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One daemon."""
 
@@ -149,6 +208,12 @@ class Settings:
         units.NAME,
         "The daemon's name, in process titles and paths. Default: the file's name.",
         "echo",
+        needs=Needs.RESTART,
+    )
+    mode: str = _option(
+        units.choice("pool", "once"),
+        "A pool of workers for all who come, or one process that serves one client (`forkd once`) and ends.",
+        "pool",
         needs=Needs.RESTART,
     )
     workers: int | None = _option(units.WORKERS, "Worker processes; auto is one for each processor it may use.", None)
@@ -176,6 +241,35 @@ class Settings:
         None,
         needs=Needs.RESTART,
     )
+    user: str | None = _option(
+        units.ACCOUNT,
+        "Who the workers are, a name or a number; the master stays who it is. Default: the daemon's own user.",
+        None,
+    )
+    group: str | None = _option(
+        units.ACCOUNT, "The workers' group, a name or a number. Default: the user's primary group.", None
+    )
+    groups: tuple[str, ...] = _option(
+        ListOf(units.ACCOUNT),
+        "Supplementary groups of the workers, names or numbers. Default: none, where `user` or `group` is given.",
+        [],
+    )
+    umask: int | None = _option(
+        units.MODE, "The workers' umask: permissions that new files don't have. Default: the daemon's own.", None
+    )
+    chroot: Path | None = _option(
+        units.PATH,
+        "A directory that is the root directory of the workers. Handlers and Python's own modules are imported inside "
+        "it, unless `preload` has brought them in.",
+        None,
+    )
+    no_new_privs: bool | None = _option(
+        units.BOOLEAN,
+        "Keep programs that workers start from gaining privileges by set-user-ID bits or file capabilities. Default: "
+        "true where `user` is given, else false.",
+        None,
+    )
+    rlimits: Rlimits = _section(Rlimits, "What the kernel lets one worker have.")
     boot_timeout: float = _option(
         units.DURATION, "Time that a worker has to import its handlers and report ready.", 60.0
     )
@@ -190,17 +284,33 @@ class Settings:
         30.0,
     )
     recycle: Recycle = _section(Recycle, "When a worker is replaced by a fresh one.")
+    once: Once = _section(Once, "Of single-connection mode, where `mode` is once.")
     log: Log = _section(Log, "The log.")
 
 
 def options(section: type) -> dict[str, Option]:
     """The settings of a section: name to declaration, in the order of declaration."""
-    return {f.name: f.metadata[_KEY] for f in fields(section)}
+    return {_name(f): f.metadata[_KEY] for f in fields(section)}
+
+
+def _name(declared: Field[Any]) -> str:
+    """A setting's name: the field's, which has an underscore at its end where Python has reserved the word."""
+    return declared.name.removesuffix("_")
+
+
+def value_of(section: Any, name: str) -> Any:
+    """The value that a section, an instance of its class, has for a setting."""
+    return getattr(section, next(f.name for f in fields(section) if _name(f) == name))
+
+
+def made_of(section: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """A section, by its class, made of its settings' values by name; those that are missing have their default."""
+    return section(**{f.name: values[_name(f)] for f in fields(section) if _name(f) in values})  # type: ignore[arg-type]
 
 
 def default_of(section: type, name: str) -> Any:
     """The default of a section's setting; raises KeyError where it has none."""
-    known: Mapping[str, Field[Any]] = {f.name: f for f in fields(section)}
+    known: Mapping[str, Field[Any]] = {_name(f): f for f in fields(section)}
     declared = known[name]
     if declared.default_factory is not MISSING:
         factory: Callable[[], Any] = declared.default_factory

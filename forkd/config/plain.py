@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from forkd.config.load import Loaded, read_graph
-from forkd.config.options import ListOf, Settings, options
+from forkd.config.options import ListOf, Settings, options, value_of
 from forkd.config.override import made_mark, node_of
 from forkd.config.units import Kind
 from forkd.errors import ConfigError, Problem
@@ -44,5 +44,5 @@ def _plain(value: Any, kind: Kind[Any] | ListOf | type) -> Any:
         return kind.text(value)
     if isinstance(kind, ListOf):
         return [_plain(item, kind.item) for item in value]
-    known = {name: _plain(getattr(value, name), option.kind) for name, option in options(kind).items()}
+    known = {name: _plain(value_of(value, name), option.kind) for name, option in options(kind).items()}
     return {name: plain for name, plain in known.items() if plain is not None}

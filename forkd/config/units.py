@@ -11,9 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from forkd.config.address import parse_address
+from forkd.config.address import Address, parse_address
+
+if TYPE_CHECKING:
+    import ipaddress
+
+    Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 T = TypeVar("T")
 
@@ -175,6 +180,27 @@ def _path(text: str) -> Path:
     return path
 
 
+def parse_network(text: str) -> Network:
+    """A network of addresses, from `10.0.0.0/8`, `::1` or `192.168.7.9`."""
+    import ipaddress  # noqa: PLC0415 (who names no network does not pay for it)
+
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        wanted = "write an address or a network, as in 192.168.7.9, 10.0.0.0/8 or ::1"
+        if "host bits" in str(error):
+            wanted = f"did you mean {ipaddress.ip_network(text, strict=False)}?"
+        raise ValueError(f"{text[:80]!r} is not a network; {wanted}") from None
+
+
+def parse_peer(text: str) -> Address:
+    """An address to connect to: `tcp://HOST:PORT`, with a port."""
+    address = parse_address(text)
+    if address.scheme != "tcp" or not address.port:
+        raise ValueError(f"{text!r} can't be connected to; write tcp://HOST:PORT with the other end's port")
+    return address
+
+
 def integer(minimum: int, maximum: int) -> Kind[int]:
     """Whole numbers from `minimum` to `maximum`."""
 
@@ -210,6 +236,20 @@ def _or_word(word: str, kind: Kind[T]) -> Kind[T | None]:
     )
 
 
+#: The value of a limit that is none, as setrlimit(2) and Python's resource module have it.
+UNLIMITED = -1
+
+
+def _or_unlimited(kind: Kind[int]) -> Kind[int]:
+    """`kind`, or the word unlimited, which is read as UNLIMITED."""
+    return Kind(
+        f"{kind.name} or unlimited",
+        lambda text: UNLIMITED if text == "unlimited" else kind.parse(text),
+        lambda value: "unlimited" if value == UNLIMITED else kind.show(value),
+        {"anyOf": [*kind.schema.get("anyOf", [kind.schema]), {"const": "unlimited"}]},
+    )
+
+
 #: Workers of one daemon at most; the scoreboard has rows for as many, and for as many again that drain.
 MOST_WORKERS = 512
 
@@ -236,6 +276,14 @@ MODE = Kind(
     # An editor's YAML reads 0660 as a number, so both are right there.
     {"anyOf": [{"type": "string", "pattern": "^(0o)?[0-7]{3,4}$"}, {"type": "integer", "minimum": 0}]},
 )
+FILES_LIMIT = _or_unlimited(integer(64, 1 << 30))
+SIZE_LIMIT = _or_unlimited(SIZE)
+ACCOUNT = Kind(
+    "name or number",
+    _text,
+    str,
+    {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]},
+)
 TEXT = Kind("text", _text, str, {"type": "string", "minLength": 1})
 PATH = Kind("path", _path, str, {"type": "string", "minLength": 1})
 #: Stands for systemd's journal where a log goes to.
@@ -259,4 +307,6 @@ HANDLER = Kind(
     str,
     {"type": "string", "pattern": f"^{_HANDLER}$"},
 )
-ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|unix:)"})
+ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|unix:|fd:)"})
+NETWORK = Kind("network", parse_network, str, {"type": "string", "pattern": r"^[0-9A-Fa-f:.]+(/[0-9]+)?$"})
+PEER = Kind("tcp address", parse_peer, str, {"type": "string", "pattern": "^tcp://"})

@@ -27,6 +27,7 @@ from forkd.master.state import State
 from forkd.master.upgrade import replace_image, try_image
 from forkd.states import Mode
 from forkd.system.channel import Channel
+from forkd.system.identity import Identity
 from forkd.system.process import signal_when_parent_dies
 from forkd.system.scoreboard import Row
 from forkd.system.sockets import BoundListener, match_listeners, update_listener
@@ -47,6 +48,7 @@ class Change:
     replies: list[Reply] = field(default_factory=list)
     found: Message = field(default_factory=dict)  # what the helper found, when it is done
     settings: Settings | None = None
+    identity: Identity = field(default_factory=Identity)
     fresh: dict[int, BoundListener] = field(default_factory=dict)  # those bound for it, by place in the settings
     candidate: Generation | None = None
 
@@ -142,6 +144,7 @@ class Changes:
             match message.get("event"):
                 case "settings":
                     change.settings = from_plain(message["settings"])
+                    change.identity = Identity.of(message["identity"])
                 case "bound":
                     self._bound(change, worker.channel, message)
                 case _:
@@ -187,7 +190,8 @@ class Changes:
             present = self._state.generation
             kept = match_listeners(settings.listen, present.bound)
             bound = [one or fresh[place] for place, one in enumerate(kept)]
-            change.candidate = Generation(change.number, settings, bound, self._logbook.open_for(settings, present))
+            log_to = self._logbook.open_for(settings, present)
+            change.candidate = Generation(change.number, settings, bound, log_to, change.identity)
         except (ForkdError, KeyError) as error:
             self.fail(str(error))
 
@@ -247,6 +251,12 @@ class Changes:
             self._logbook.close(change.candidate, self._state.generation)
             self._crew.slots.pop(change.number, None)
         self._end(change, {"ok": False, "error": reason, "details": details})
+
+    def abandon(self, kept: Generation) -> None:
+        """In a worker: closes what was bound for a generation that is not its own."""
+        for bound in self.current.fresh.values() if self.current is not None else ():
+            if bound not in kept.bound:
+                bound.close()
 
     def give_up(self, why: str) -> None:
         """Ends what is under way and what waits: the daemon stops."""

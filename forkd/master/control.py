@@ -83,7 +83,8 @@ class ControlSocket:
                 self._sock.listen(MOST_CLIENTS)
             except OSError as error:
                 self._sock.close()
-                raise ForkdError(f"can't make the control socket {self._made}: {error.strerror or error}") from None
+                why = "it is a symbolic link; remove it" if self._made.is_symlink() else error.strerror or error
+                raise ForkdError(f"can't make the control socket {self._made}: {why}") from None
         self._inode = self._inode_there()
         self._sock.setblocking(False)
         # Given up for a moment when there is no other descriptor for a client, who would else be ready for ever.

@@ -23,7 +23,7 @@ from forkd.master.certificate import certificate, obituary
 from forkd.master.plan import WorkerView
 from forkd.master.spawn import HELPER, ChildMain, Exit, Spawner, Worker
 from forkd.states import Life, Turn, next_life
-from forkd.system.channel import ChannelClosed
+from forkd.system.channel import ChannelClosed, GarbledChannel
 from forkd.system.oom import oom_kills
 from forkd.system.scoreboard import Field
 from forkd.wire import Message
@@ -39,6 +39,9 @@ _LAST_READS = 32
 
 #: Characters of a worker's words that are kept; what it says may be anything.
 _WORDS = 20_000
+
+#: Messages that nobody understands after which a worker is heard no more.
+MOST_STRANGE = 10
 
 _CHUNK = 16_384  # bytes of one read of standard error
 _LINE = 4096  # characters after which a line counts as one, ended or not
@@ -159,13 +162,16 @@ class Crew:
             return
         try:
             messages = worker.channel.receive()
+        except GarbledChannel as error:
+            self._doubt(worker, str(error), MOST_STRANGE)
+            return
         except ChannelClosed:
             self._stop_hearing(worker)
-            messages = []
+            return
         for message in messages:
             if worker.slot == HELPER:
                 self.helper_said(worker, message)
-            else:
+            elif worker.strange < MOST_STRANGE:
                 self._heard(worker, message)
 
     def _heard(self, worker: Worker, message: Message) -> None:
@@ -176,14 +182,24 @@ class Crew:
                 log.info("worker %d is ready, pid %d", worker.slot, worker.pid)
             self._live(worker, Turn.READY)
         elif event == "failed":
-            reason, details = (str(message.get(key))[:_WORDS] for key in ("reason", "details"))
+            reason, details = (_words(message.get(key), _WORDS) for key in ("reason", "details"))
             worker.cause = f"could not boot: {reason}"
             worker.failure = BootError(f"worker {worker.slot} could not boot: {reason}", details)
+        elif event == "worn" and worker.worn:
+            pass
         elif event == "worn":
-            worker.worn = str(message.get("why"))[:200]
+            worker.worn = _words(message.get("why"), 200) or "it says so"
             log.info("worker %d (pid %d) is to be replaced: %s", worker.slot, worker.pid, worker.worn)
         else:
-            log.warning("worker %d (pid %d) says what nobody understands", worker.slot, worker.pid)
+            self._doubt(worker, f"an event {_words(event, 40)!r}", 1)
+
+    def _doubt(self, worker: Worker, what: str, weight: int) -> None:
+        """A worker says what is no word of a worker. One that does not leave off is heard no more, and replaced."""
+        worker.strange += weight
+        log.warning("%s (pid %d) says what nobody understands: %s", worker.name, worker.pid, what)
+        if worker.strange >= MOST_STRANGE:
+            worker.worn = worker.worn or "it says what nobody understands"
+            self._stop_hearing(worker)
 
     def _stop_hearing(self, worker: Worker) -> None:
         if worker.heard:
@@ -276,3 +292,8 @@ class Crew:
     def _was_out_of_memory(self) -> bool:
         before, self._oom_kills = self._oom_kills, oom_kills()
         return before is not None and self._oom_kills is not None and self._oom_kills > before
+
+
+def _words(value: object, most: int) -> str:
+    """What a worker says, where it should be text: so many characters of it, that can be printed in any encoding."""
+    return value[:most].encode(errors="backslashreplace").decode() if isinstance(value, str) else ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from forkd.config.options import Settings
+from forkd.system.identity import Identity
 from forkd.system.process import processors
 from forkd.system.sockets import BoundListener
 
@@ -19,12 +20,14 @@ class Generation:
         settings: what it serves by.
         bound: the settings' listeners, in their order.
         log: the descriptor that it logs to.
+        identity: who its workers are, by number.
     """
 
     number: int
     settings: Settings
     bound: list[BoundListener]
     log: int
+    identity: Identity = field(default_factory=Identity)
 
     def close_all_but(self, kept: Generation) -> None:
         """Closes, in a forked child, the sockets and the log that another generation does not have."""

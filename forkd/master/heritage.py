@@ -22,6 +22,7 @@ from forkd.master.generation import Generation
 from forkd.master.spawn import LAST_WORDS, Worker
 from forkd.states import Life
 from forkd.system.channel import Channel
+from forkd.system.identity import Identity
 from forkd.system.scoreboard import Field, Scoreboard
 from forkd.system.sockets import BoundListener
 
@@ -91,6 +92,7 @@ class Heritage:
             "place": {"directory": place.directory, "detached": place.detached, "lock": place.lock},
             "generation": generation.number,
             "settings": to_plain(generation.settings),
+            "identity": generation.identity.plain(),
             "listeners": [
                 bound.described() | {"descriptors": [sock.fileno() for sock in bound.sockets]}
                 for bound in generation.bound
@@ -128,7 +130,7 @@ class Heritage:
         board = Scoreboard(plain["board"]["capacity"], plain["board"]["descriptor"])
         return cls(
             place=Place(**plain["place"]),
-            generation=Generation(plain["generation"], settings, bound, plain["log"]),
+            generation=Generation(plain["generation"], settings, bound, plain["log"], Identity.of(plain["identity"])),
             wanted=plain["wanted"],
             started=plain["started"],
             control=plain["control"],
@@ -183,7 +185,7 @@ def _worker_plain(worker: Worker) -> dict[str, Any]:
 def _worker_of(plain: dict[str, Any], board: Scoreboard) -> Worker:
     return Worker(
         **{key: plain[key] for key in _SAME},
-        row=board.row(plain["row"]),
+        row=board.adopt(plain["row"]),
         channel=Channel.of(plain["channel"]),
         life=Life(plain["life"]),
         killed_as=None if plain["killed_as"] is None else Life(plain["killed_as"]),

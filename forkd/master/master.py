@@ -119,12 +119,13 @@ class Master:
         tell_again = self._herald.tell(now, self._changes.under_way)
         for action in due.actions:
             self._perform(action)
+        # Reckoned from the beginning of this turn: it may be in the middle of one that the master is stopped.
         if due.actions or self.state.mode is Mode.OVER:
-            self._expected = time.monotonic()
+            self._expected = now
             return
         deadline = min((when for when in (due.deadline, tell_again) if when is not None), default=None)
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        self._expected = inf if timeout is None else time.monotonic() + timeout
+        self._expected = inf if deadline is None else deadline
         for key, mask in self._selector.select(timeout):
             key.data(mask)
 
@@ -155,6 +156,7 @@ class Master:
             present = self.state.generation
             if generation is not present:
                 present.close_all_but(generation)
+            self._changes.abandon(generation)
             return self.state.errands.serve(generation, slot, row, channel)
 
         self._crew.spawn(slot, generation.number, main)

@@ -54,6 +54,7 @@ class Worker:
     killed_as: Life | None = None  # what it was about when it was killed
     heard: bool = True  # whether its channel may still say something
     dumped: float = -inf  # when it was last told to write its stacks
+    strange: int = 0  # messages of it that nobody understands
     worn: str = ""  # why it says that it should be replaced
     cause: str = ""  # why it was told to end or was killed, or what it said when it could not boot
     failure: BootError | None = None  # the latter, with its traceback
@@ -166,7 +167,10 @@ class Spawner:
 
     def signal(self, worker: Worker, signum: signal.Signals) -> None:
         """Sends a signal. The pid can't be somebody else's: it is ours until `reap` returns it."""
-        os.kill(worker.pid, signum)
+        try:
+            os.kill(worker.pid, signum)
+        except PermissionError:  # it has become somebody else, by a program that may
+            log.error("may not send %s to %s (pid %d), which is another user's", signum.name, worker.name, worker.pid)
 
     def reap(self) -> Iterator[Exit]:
         """Every child that has ended, strangers too: as PID 1 of a container the master inherits orphans."""

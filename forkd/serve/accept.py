@@ -13,7 +13,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Protocol
 
 from forkd.serve.admission import SLACK, is_fair, least_load, next_try
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
@@ -85,22 +85,32 @@ class Tally:
 _ACCEPTED, _CLOSED, _LOAD = int(Field.ACCEPTED), int(Field.CLOSED), int(Field.LOAD)
 
 
+class Policy(Protocol):
+    """Who decides when listeners wait for clients."""
+
+    def accepted(self, acceptor: Acceptor) -> None:
+        """One has accepted a client, which is served next."""
+
+    def exhausted(self, error: OSError) -> None:
+        """The system could not give one more descriptor or buffer."""
+
+
 class Acceptor:
-    """One listening socket of a worker.
+    """One listening socket of a process.
 
     Args:
-        loop: the worker's loop.
+        loop: the process's loop.
         sock: a listening, non-blocking socket.
         serve: what serves each connection.
-        balance: the worker's balance, which this reports to.
+        policy: what this reports to.
     """
 
-    def __init__(self, loop: PollLoop, sock: socket.socket, serve: Serve, balance: Balance) -> None:
+    def __init__(self, loop: PollLoop, sock: socket.socket, serve: Serve, policy: Policy) -> None:
         self._selector = loop.selector
         self._sock = sock
         self._fd = sock.fileno()
         self._serve = serve
-        self._balance = balance
+        self._policy = policy
         # socket.accept() asks the listener for family and type each time, as enumerations; they never change. `_accept`
         # is what it calls itself: accept4(2), the descriptor not inheritable.
         self._accept = sock._accept  # type: ignore[attr-defined]
@@ -141,9 +151,9 @@ class Acceptor:
             return
         except OSError as error:
             if error.errno in _EXHAUSTED:
-                self._balance.exhausted(error)
+                self._policy.exhausted(error)
             return
-        self._balance.accepted(self)
+        self._policy.accepted(self)
         self._begin(descriptor, peer)
 
     def _begin(self, descriptor: int, peer: Any) -> None:

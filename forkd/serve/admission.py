@@ -28,9 +28,11 @@ def least_load(rows: Iterable[tuple[int, int]], now: int, beat: int) -> int:
         beat: the time between two heartbeats.
 
     Returns:
-        The least load; when nobody is alive, more than any load, so that whoever asks takes the client.
+        The least load, and 0 for one that claims less; when nobody is alive, more than any load, so that whoever asks
+        takes the client.
     """
-    return min((load for load, seen in rows if now - seen < STALE_BEATS * beat), default=1 << 62)
+    loads = (load for load, seen in rows if now - seen < STALE_BEATS * beat)
+    return max(0, min(loads, default=1 << 62))
 
 
 def next_try(waited: float, beat: float) -> float:

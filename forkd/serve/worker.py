@@ -14,23 +14,23 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any
 
 from forkd import drain, signals
 from forkd.config.options import Settings
-from forkd.errors import HandlerError
-from forkd.serve.accept import BEAT, Acceptor, Balance, Tally
-from forkd.serve.handlers.load import Handler, add_to_path, load_handler
-from forkd.serve.handlers.protocol import ProtocolServer
-from forkd.serve.handlers.streams import streams_factory
+from forkd.errors import ForkdError, HandlerError
+from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
+from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
+from forkd.serve.handlers.host import host
+from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.recycling import Wear
-from forkd.serve.transport import Transport
+from forkd.serve.settle import settle
 from forkd.system.channel import Channel, ChannelClosed
+from forkd.system.identity import Identity
 from forkd.system.logs import replace_log, set_role
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
 from forkd.system.scoreboard import Field, Row, Scoreboard
@@ -47,9 +47,6 @@ COULD_NOT_BOOT = 3
 ORPHANED = 1.0
 _ALARM = 0.5
 
-#: Seconds that closed connections have to send what is unsent, and tasks to see to their cancellation, at the very end.
-_LAST_WORDS = 0.5
-
 
 @dataclass(frozen=True, slots=True)
 class Station:
@@ -59,6 +56,7 @@ class Station:
     row: Row
     channel: Channel
     master: int  # its pid
+    identity: Identity = field(default_factory=Identity)  # whom it becomes
 
 
 def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Scoreboard, station: Station) -> int:
@@ -66,6 +64,12 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     dump_stacks_on(signals.DUMP)
     set_role(f"worker {station.slot}")
     set_title(settings.name, f"worker {station.slot} (booting)")
+    try:
+        settle(settings, station.identity)
+    except ForkdError as error:
+        station.channel.send({"event": "failed", "reason": str(error), "details": ""})
+        return COULD_NOT_BOOT
+    # Only now: when a process becomes another user's the kernel forgets it.
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
     handlers = []
@@ -84,16 +88,6 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     loop.run_forever()
     worker.clean_up()
     return DONE
-
-
-def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
-    """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
-    add_to_path(settings.python_path or [Path.cwd()])
-    for listener in settings.listen:
-        try:
-            yield load_handler(listener)
-        except HandlerError as error:
-            yield error
 
 
 class Worker:
@@ -142,11 +136,8 @@ class Worker:
         self._fit = True
         log.debug("serves")
 
-    def _server(self, bound: BoundListener, handler: Handler) -> ProtocolServer:
-        factory = handler.target
-        if handler.form == "streams":
-            factory = streams_factory(handler.target, self._loop, self._conversations)
-        return ProtocolServer(self._loop, factory, self._tally, bound.listener.limits.write_buffer)
+    def _server(self, bound: BoundListener, handler: Handler) -> Serve:
+        return host(handler, bound.listener, self._loop, self._tally, self._conversations)
 
     def _beat(self) -> None:
         """At each heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
@@ -215,7 +206,8 @@ class Worker:
         if not self._draining:
             self._draining, self._fit = True, False
             drain.begin()
-            transports = self._transports()  # those that are here; one that comes yet is asked when it is connected
+            # Those that are here; one that comes yet is asked when it is connected.
+            transports = transports_of(self._loop)
             self._balance.stop()
             self._tally.on_closed = self._one_less
             for transport in transports:
@@ -241,24 +233,11 @@ class Worker:
             return
         if self._tally.active:
             log.info("closes what is open: %d", self._tally.active)
-        for transport in self._transports():
+        for transport in transports_of(self._loop):
             transport.close()
-        self._loop.call_later(_LAST_WORDS, self._end)
-
-    def _transports(self) -> list[Transport]:
-        owners = [getattr(ready, "__self__", None) for ready in self._loop.selector.served.values()]
-        return [owner for owner in owners if isinstance(owner, Transport)]
+        self._loop.call_later(LAST_WORDS, self._end)
 
     def clean_up(self) -> None:
         """After the loop has stopped: ends what still runs on it, within bounded time."""
         self._tally.on_closed = None
-        for transport in self._transports():
-            transport.abort()
-        if self._conversations:
-            self._loop.run_until_complete(asyncio.wait(list(self._conversations), timeout=_LAST_WORDS))
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_LAST_WORDS))
-        self._loop.run_until_complete(asyncio.wait_for(self._loop.shutdown_asyncgens(), _LAST_WORDS))
+        clean_up(self._loop, self._conversations)

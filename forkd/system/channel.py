@@ -22,7 +22,11 @@ MOST_DESCRIPTORS = 253
 
 
 class ChannelClosed(ConnectionError):
-    """The other side is gone, or said what is no message."""
+    """The other side is gone, or is of no more use."""
+
+
+class GarbledChannel(ChannelClosed):
+    """The other side said what is no message."""
 
 
 class Channel:
@@ -109,7 +113,8 @@ class Channel:
         """The messages that one read completes; empty when there is nothing whole yet.
 
         Raises:
-            ChannelClosed: end of file, or the other side said what is no message.
+            ChannelClosed: end of file.
+            GarbledChannel: the other side said what is no message.
         """
         try:
             data = self._receive_with() if self.takes_descriptors else self._sock.recv(_CHUNK)
@@ -122,7 +127,7 @@ class Channel:
         try:
             return self._decoder.feed(data)
         except WireError as error:
-            raise ChannelClosed(str(error)) from None
+            raise GarbledChannel(str(error)) from None
 
     def _receive_with(self) -> bytes:
         data, descriptors, _, _ = socket.recv_fds(self._sock, _CHUNK, MOST_DESCRIPTORS)

@@ -7,6 +7,7 @@ traceback's) start with a mark that no record starts with.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -165,7 +166,9 @@ def open_log(target: Path | str) -> int:
     except FileExistsError:
         raise ForkdError(f"can't open the log file {path}: {path.parent} is not a directory") from None
     except OSError as error:
-        raise ForkdError(f"can't open the log file {path}: {error.strerror}") from None
+        is_link = error.errno == errno.ELOOP and path.is_symlink()
+        why = "it is a symbolic link; name the file itself" if is_link else error.strerror
+        raise ForkdError(f"can't open the log file {path}: {why}") from None
 
 
 def default_log_file(name: str) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_GROUPS = Path("/proc/self/cgroup")  # which groups this process is in
 
 
 def oom_kills() -> int | None:
@@ -25,7 +26,7 @@ def oom_kills() -> int | None:
 def _counters() -> Iterator[Path]:
     """Where the count may stand: by version 2 of control groups, by version 1; a container sees its own as the root."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _GROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:

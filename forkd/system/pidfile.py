@@ -9,6 +9,7 @@ A path that is a symbolic link, or a directory that somebody else owns or may wr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -44,6 +45,8 @@ def make_private_directory(path: Path) -> None:
         found, above = path.lstat(), path.parent.stat()
     except OSError as error:
         raise ForkdError(f"can't make the directory {path}: {error.strerror}") from None
+    if stat.S_ISLNK(found.st_mode):
+        raise ForkdError(f"{path} is a symbolic link; remove it, or set run_directory to where it leads")
     if not stat.S_ISDIR(found.st_mode):
         raise ForkdError(f"{path} is not a directory but should be")
     if found.st_uid != os.geteuid() or found.st_mode & 0o022:
@@ -150,7 +153,8 @@ class PidFile:
                 raise ForkdError(f"can't make the pid file {self._path}: its directory is gone") from None
             raise
         except OSError as error:
-            raise ForkdError(f"can't open the pid file {self._path}: {error.strerror}") from None
+            why = "it is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
+            raise ForkdError(f"can't open the pid file {self._path}: {why}") from None
 
     def _still_there(self, descriptor: int) -> bool:
         try:

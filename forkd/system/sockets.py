@@ -1,18 +1,17 @@
 """Listening sockets: bound, set up and checked here, closed here; they belong to the master.
 
 A unix socket's path is taken over only from a dead owner, and removed only while it is still the file that we made.
+Sockets that were inherited (`inherited`) are served as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import os
-import pwd
 import socket
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ from typing import Any
 from forkd.config.address import Address, parse_address
 from forkd.config.options import Listener
 from forkd.errors import AddressInUse, ForkdError
+from forkd.system.accounts import find_group, find_user
 from forkd.system.holders import holder_of
+from forkd.system.inherited import adopt_listeners, send_at_once
 
 
 @dataclass(slots=True)
@@ -29,7 +30,8 @@ class BoundListener:
 
     Attributes:
         listener: its settings.
-        address: where it really listens: with the port that the kernel chose where the settings say 0.
+        address: where it really listens: with the port that the kernel chose where the settings say 0, and for an
+            inherited socket where its maker has bound it.
         sockets: one for each address that the host's name stands for; one in all other cases.
         inode: device and inode of a unix socket's path, else None.
         lent: whether it is another master's yet, who alone may remove its path.
@@ -87,13 +89,15 @@ class BoundListener:
 
 
 def bind_listener(listener: Listener) -> BoundListener:
-    """Binds and listens.
+    """Binds and listens, or takes over what was inherited.
 
     Raises:
         AddressInUse: somebody else listens there; the message says who, where that can be told.
         ForkdError: the address can't be had for another reason.
     """
     address = listener.address
+    if address.scheme == "fd":
+        return BoundListener(listener, *adopt_listeners(address))
     try:
         return _bind_unix(listener) if address.scheme == "unix" else _bind_tcp(listener)
     except UnicodeError:
@@ -134,17 +138,17 @@ def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]
 
 def update_listener(bound: BoundListener) -> None:
     """Has a listener that was kept follow its new settings: backlog, and a path's mode and owner. Raises OSError."""
-    for sock in bound.sockets:
+    for sock in bound.sockets if bound.listener.address.scheme != "fd" else ():
         sock.listen(bound.listener.backlog)
-    if bound.inode is not None and _inode(bound.address.path) == bound.inode:
-        if bound.listener.mode is not None:  # else it stays as the umask of the start made it
-            os.chmod(bound.address.path, bound.listener.mode)
-        _chown(bound.listener)
+    if bound.inode is not None:
+        _give(bound.listener, bound.inode)  # where there is no mode it stays as the umask of the start made it
 
 
 def probe_listener(listener: Listener) -> None:
     """Whether an address could be bound now, leaving everything as it is. Raises as `bind_listener`."""
     address = listener.address
+    if address.scheme == "fd":  # only the process that is started with it could tell
+        return
     if address.scheme == "tcp" or address.abstract:
         bind_listener(listener).remove()
         return
@@ -152,14 +156,15 @@ def probe_listener(listener: Listener) -> None:
     if not os.access(directory, os.W_OK | os.X_OK):
         why = "can't write to" if directory.is_dir() else "there is no"
         raise ForkdError(f"can't listen on {address}: {why} directory {directory}")
-    _number(listener.owner, _uid)
-    _number(listener.group, _gid)
+    _owner(listener)
     if not _is_free(address.path):
         raise _in_use(address)
 
 
-def _in_use(address: Address) -> AddressInUse:
+def _in_use(address: Address) -> ForkdError:
     path = Path(address.path)
+    if address.scheme == "unix" and not address.abstract and path.is_symlink():
+        return ForkdError(f"can't listen on {address}: it is a symbolic link; remove it, or name where it leads")
     if address.scheme == "unix" and not address.abstract and path.exists() and not path.is_socket():
         return AddressInUse(f"{address} is in use by a file that is not a socket")
     holder = holder_of(address)
@@ -183,8 +188,7 @@ def _bind_tcp(listener: Listener) -> BoundListener:
         for family, host in dict.fromkeys((info[0], str(info[4][0])) for info in infos):
             sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Accepted sockets inherit it on Linux (tcp(7)): set once here, it costs no connection anything.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            send_at_once(sock)  # set once here, it costs no connection anything
             if family == socket.AF_INET6:  # so that [::]:80 and 0.0.0.0:80 can both be listened on (ipv6(7))
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((host, port))
@@ -206,7 +210,7 @@ def _bind_unix(listener: Listener) -> BoundListener:
             take_path(sock, address.path, _mode(listener))
             inode = _inode(address.path)
             undo.callback(Path(address.path).unlink)
-            _chown(listener)
+            _give(listener, inode)
         _listen(sock, listener)
         undo.pop_all()
     return BoundListener(listener, address, [sock], inode)
@@ -216,10 +220,23 @@ def _mode(listener: Listener) -> int:
     return 0o666 & ~current_umask() if listener.mode is None else listener.mode
 
 
-def _chown(listener: Listener) -> None:
-    uid, gid = _number(listener.owner, _uid), _number(listener.group, _gid)
-    if (uid, gid) != (-1, -1):
-        os.chown(listener.address.path, uid, gid, follow_symlinks=False)
+def _give(listener: Listener, inode: tuple[int, int]) -> None:
+    """Gives a unix socket's path its owner and permissions, and nothing that somebody has put in its place: the
+    directory may be another user's.
+    """
+    uid, gid = _owner(listener)
+    if listener.mode is None and (uid, gid) == (-1, -1):
+        return
+    handle = os.open(listener.address.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if (found.st_dev, found.st_ino) == inode:
+            path = f"/proc/self/fd/{handle}"  # calls that take descriptors take none of O_PATH (open(2))
+            os.chown(path, uid, gid)
+            if listener.mode is not None:
+                os.chmod(path, listener.mode)
+    finally:
+        os.close(handle)
 
 
 def take_path(sock: socket.socket, path: str, mode: int) -> None:
@@ -228,18 +245,18 @@ def take_path(sock: socket.socket, path: str, mode: int) -> None:
     A socket file whose owner is dead is replaced; one that somebody listens on is not.
 
     Raises:
-        OSError: EADDRINUSE for a live owner or a file that is no socket, else as bind(2) and chmod(2).
+        OSError: EADDRINUSE for a live owner or a file that is no socket, else as bind(2).
     """
     if not _is_free(path):
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    before = os.umask(0o777)
+    # By the umask, for by now a path may lead elsewhere: unix(7) makes the file with all permissions that it leaves.
+    before = os.umask(0o777 & ~mode)
     try:
         sock.bind(path)
     finally:
         os.umask(before)
-    os.chmod(path, mode)
 
 
 def _is_free(path: str) -> bool:
@@ -279,21 +296,10 @@ def _inode(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _uid(name: str) -> int:
-    return pwd.getpwnam(name).pw_uid
-
-
-def _gid(name: str) -> int:
-    return grp.getgrnam(name).gr_gid
-
-
-def _number(name: str | None, look_up: Callable[[str], int]) -> int:
-    """A user's or group's number; -1, which chown(2) takes for "leave it", for None."""
-    if name is None:
-        return -1
-    if name.isdigit():
-        return int(name)
+def _owner(listener: Listener) -> tuple[int, int]:
+    """The user and the group that a path is to have; -1, which chown(2) takes for "leave it", where none is set."""
     try:
-        return look_up(name)
-    except KeyError:
-        raise ForkdError(f"there is no user or group {name!r} on this machine") from None
+        uid = -1 if listener.owner is None else find_user(listener.owner)[0]
+        return uid, -1 if listener.group is None else find_group(listener.group)
+    except ValueError as error:
+        raise ForkdError(str(error)) from None

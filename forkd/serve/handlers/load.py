@@ -7,12 +7,12 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
-from forkd.config.options import Listener
+from forkd.config.options import Listener, Settings
 from forkd.errors import HandlerError
 
 Form = Literal["protocol", "streams"]
@@ -31,6 +31,16 @@ def add_to_path(directories: Sequence[Path]) -> None:
     """Has handlers imported from these directories first."""
     first = list(dict.fromkeys(map(str, directories)))
     sys.path[:] = first + [entry for entry in sys.path if entry not in first]
+
+
+def import_handlers(settings: Settings) -> Iterator[Handler | HandlerError]:
+    """Each listener's handler, or why it can't be had; in the process that is to keep what is imported."""
+    add_to_path(settings.python_path or [Path.cwd()])
+    for listener in settings.listen:
+        try:
+            yield load_handler(listener)
+        except HandlerError as error:
+            yield error
 
 
 def load_handler(listener: Listener) -> Handler:
@@ -57,8 +67,10 @@ def _import(name: str) -> Any:
     except BaseException as error:  # noqa: BLE001 (the handler's border: an import may raise anything, SystemExit too)
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             hint = "; it is looked for in the current directory, python_path and where Python keeps its packages"
+            hint += obstacles(sys.path)
             raise HandlerError(f"{name}: there is no module {error.name!r}{hint}") from None
-        raise HandlerError(f"{name}: importing {module_name} failed: {_summary(error)}", _traceback(error)) from None
+        why = _summary(error) + (obstacles(sys.path) if isinstance(error, ModuleNotFoundError) else "")
+        raise HandlerError(f"{name}: importing {module_name} failed: {why}", _traceback(error)) from None
     for part in path.split("."):
         try:
             target = getattr(target, part)

@@ -1,0 +1,120 @@
+"""The doors that one client comes in by: listening sockets, and a connection that was there before.
+
+A third one is in `rendezvous`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from forkd.serve.accept import PAUSE, Acceptor
+from forkd.serve.loop import PollLoop
+
+if TYPE_CHECKING:
+    from forkd.config.units import Network
+    from forkd.serve.once import Enter
+    from forkd.system.sockets import BoundListener
+
+log = logging.getLogger("forkd.once")
+
+
+def is_welcome(peer: Any, networks: Sequence[Network]) -> bool:
+    """Whether a client may come from where it comes, by its address as accept(2) gives it."""
+    if not networks:
+        return True
+    import ipaddress  # noqa: PLC0415 (who welcomes everybody does not pay for it)
+
+    found = ipaddress.ip_address(peer[0].partition("%")[0])
+    # To an IPv6 socket that takes both, an IPv4 client is one of ::ffff:0:0/96.
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return any((mapped or found) in network or found in network for network in networks)
+
+
+class Listening:
+    """Listening sockets, closed when the first welcome client has come in.
+
+    Args:
+        bound: the sockets, which this is to close; whoever sits in a backlog is refused by the kernel then.
+        networks: where the client may come from; empty: anywhere.
+    """
+
+    def __init__(self, bound: BoundListener, networks: Sequence[Network]) -> None:
+        self._bound = bound
+        self._networks = networks
+        self._closed = False
+        self._acceptors: list[Acceptor] = []
+
+    def open(self, loop: PollLoop, enter: Enter) -> None:
+        """Waits on all sockets."""
+        self._loop = loop
+        self._enter = enter
+        self._acceptors = [Acceptor(loop, sock, partial(self._came, sock), self) for sock in self._bound.sockets]
+        self._queue()
+
+    def _queue(self) -> None:
+        for acceptor in self._acceptors if not self._closed else ():
+            acceptor.queue()
+
+    def _came(self, listener: socket.socket, sock: socket.socket, peer: Any) -> None:
+        if not is_welcome(peer, self._networks):
+            log.warning("turned away %s", peer)
+            sock.close()
+            return
+        vacant = listener.detach()
+        self.close()
+        self._enter(sock, peer, vacant)
+
+    def accepted(self, acceptor: Acceptor) -> None:
+        """As `accept.Policy`: whether it is the one will be seen."""
+
+    def exhausted(self, error: OSError) -> None:
+        """As `accept.Policy`: out for a moment."""
+        log.error("can't accept the client: %s; it waits in the backlog meanwhile", error.strerror)
+        for acceptor in self._acceptors:
+            acceptor.leave()
+        self._loop.call_later(PAUSE, self._queue)
+
+    def close(self) -> None:
+        """Refuses whoever comes, and whoever waits."""
+        if not self._closed:
+            self._closed = True
+            for acceptor in self._acceptors:
+                acceptor.close()
+            self._bound.remove()
+
+    def why_nobody(self) -> str:
+        """Nothing: who does not come does not say why."""
+        return ""
+
+
+class Connected:
+    """A connection that another process has accepted.
+
+    Args:
+        sock: the connection, non-blocking.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def open(self, loop: PollLoop, enter: Enter) -> None:
+        """Lets it in as soon as the loop runs, as a protocol has the right to expect."""
+        loop.call_soon(self._begin, enter)
+
+    def _begin(self, enter: Enter) -> None:
+        try:
+            peer = self._sock.getpeername()
+        except OSError:  # it has gone meanwhile, which the first read will say
+            peer = None
+        enter(self._sock, peer, -1)
+
+    def close(self) -> None:
+        """Nothing: it is in already."""
+
+    def why_nobody(self) -> str:
+        """Nothing: it came."""
+        return ""

@@ -1,0 +1,30 @@
+"""From a handler of whatever form to what serves a connection by it; for all who accept some."""
+
+from __future__ import annotations
+
+import asyncio
+
+from forkd.config.options import Listener
+from forkd.serve.accept import Serve, Tally
+from forkd.serve.handlers.load import Handler
+from forkd.serve.handlers.protocol import ProtocolServer
+from forkd.serve.handlers.streams import streams_factory
+from forkd.serve.loop import PollLoop
+
+
+def host(
+    handler: Handler, listener: Listener, loop: PollLoop, tally: Tally, conversations: set[asyncio.Task[None]]
+) -> Serve:
+    """What serves each connection of a listener.
+
+    Args:
+        handler: what the listener's settings name.
+        listener: its settings.
+        loop: this process's loop.
+        tally: its count of connections, told when one ends.
+        conversations: holds the task of each streams handler that has not returned.
+    """
+    factory = handler.target
+    if handler.form == "streams":
+        factory = streams_factory(handler.target, loop, conversations)
+    return ProtocolServer(loop, factory, tally, listener.limits.write_buffer)

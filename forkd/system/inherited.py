@@ -1,0 +1,190 @@
+"""Sockets that this process was started with: systemd's (sd_listen_fds(3)), an inetd's, or whoever's left one open.
+
+They are found by an `fd:` address and taken over, each once. They are never bound here, and no path is ever unlinked:
+whoever made them does that. What systemd says of them in the environment is taken out of it, so that no program that is
+started later believes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from forkd.config.address import Address
+from forkd.errors import ForkdError
+from forkd.system.logs import same_file
+
+_FIRST = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
+_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+
+# The process that was started, of which LISTEN_PID speaks: a daemon looks for its sockets when it has forked.
+_STARTED = os.getpid()
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """A socket that was taken over.
+
+    Attributes:
+        sock: the socket, non-blocking, not inheritable, and never one of the standard descriptors.
+        number: the descriptor that it had.
+        standard: those of 0, 1 and 2 that led to it too; they lead nowhere now.
+    """
+
+    sock: socket.socket
+    number: int
+    standard: frozenset[int]
+
+
+class _Process:
+    """What this process was started with."""
+
+    names: ClassVar[dict[int, str] | None] = None  # of systemd's descriptors; None until it is asked for
+    taken: ClassVar[set[int]] = set()
+
+
+def systemd_sockets() -> dict[int, str]:
+    """The descriptors that systemd handed over, with their names.
+
+    Raises:
+        ForkdError: what the environment says of them can't be.
+    """
+    if _Process.names is None:
+        said = {name: os.environ.pop(name, "") for name in _VARIABLES}
+        _Process.names = _named(said) if said["LISTEN_PID"] == str(_STARTED) else {}
+        for descriptor in _Process.names:
+            with contextlib.suppress(OSError):  # it is closed, which is told to who asks for it
+                os.set_inheritable(descriptor, False)
+    return _Process.names
+
+
+def _named(said: dict[str, str]) -> dict[int, str]:
+    count = said["LISTEN_FDS"]
+    if not (count.isdecimal() and len(count) < 5):
+        raise ForkdError(f"LISTEN_FDS is {count!r}, not a number of sockets, in the environment")
+    names = said["LISTEN_FDNAMES"].split(":") if said["LISTEN_FDNAMES"] else []
+    names += ["unknown"] * (int(count) - len(names))
+    return dict(zip(range(_FIRST, _FIRST + int(count)), names, strict=False))
+
+
+def take_inherited(address: Address) -> list[Inherited]:
+    """Takes over the sockets that an `fd:` address means: one, or all that systemd has given its name to.
+
+    Raises:
+        ForkdError: there is none, or it is not of a kind that forkd serves; then none is taken.
+    """
+    numbers = _find(address)
+    for number in numbers:
+        if wrong := _wrong(number):
+            raise ForkdError(f"{address}: {wrong}")
+    return [_take(number) for number in numbers]
+
+
+def is_listening(sock: socket.socket) -> bool:
+    """Whether a stream socket listens; else it is, or may be, a connection."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def address_of(sock: socket.socket) -> Address:
+    """Where a socket listens, as users write it."""
+    name = sock.getsockname()
+    if sock.family != socket.AF_UNIX:
+        return Address("tcp", host=name[0], port=name[1])
+    path = os.fsdecode(name)
+    return Address("unix", path=f"@{path[1:]}" if path.startswith("\0") else path)
+
+
+def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
+    """The listening sockets that an `fd:` address means, and where they listen. Raises ForkdError."""
+    found = [one.sock for one in take_inherited(address)]
+    for sock in found:
+        if not is_listening(sock):
+            raise ForkdError(
+                f"{address}: does not listen, so it is a connection; a listening socket is wanted here, and "
+                "`forkd once` serves connections"
+            )
+        send_at_once(sock)
+    return address_of(found[0]), found
+
+
+def send_at_once(sock: socket.socket) -> None:
+    """TCP_NODELAY, which what a listener accepts inherits from it on Linux (tcp(7))."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _find(address: Address) -> list[int]:
+    wanted, handed = address.path, systemd_sockets()
+    if wanted.isdecimal():
+        return [int(wanted)]
+    if not handed:
+        raise ForkdError(
+            f"{address}: systemd handed over no sockets (LISTEN_FDS and LISTEN_PID of this process are not in the "
+            "environment); by its number, as in fd:0, a socket of any origin can be had"
+        )
+    if not wanted:
+        return [min(handed)]
+    found = [number for number, name in handed.items() if name == wanted]
+    if not found:
+        known = ", ".join(dict.fromkeys(handed.values()))
+        raise ForkdError(f"{address}: systemd handed over no socket of that name; there are {known}")
+    return found
+
+
+def _wrong(number: int) -> str:
+    """Why a descriptor can't be served; empty when it can."""
+    try:
+        mode = os.fstat(number).st_mode
+    except OSError:
+        others = "".join(f"{found}, " for found in _open_sockets()).rstrip(", ")
+        return f"there is no descriptor {number} here" + (f"; there are sockets at {others}" if others else "")
+    if number in _Process.taken:
+        return f"descriptor {number} is another listener's already"
+    if not stat.S_ISSOCK(mode):
+        return f"descriptor {number} is {_what(mode)}, not a socket"
+    with socket.socket(fileno=os.dup(number)) as sock:
+        if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            what = f"{_word(sock.family)} {_word(sock.type)}"
+            return f"descriptor {number} is a socket of {what}; forkd serves AF_INET, AF_INET6 and AF_UNIX SOCK_STREAM"
+    return ""
+
+
+def _open_sockets() -> Iterator[str]:
+    """The descriptors that are sockets and came from outside: what Python opens itself is not inheritable."""
+    for number, name in systemd_sockets().items():
+        yield f"{number} ({name})"
+    for number in range(256):
+        with contextlib.suppress(OSError):
+            if os.get_inheritable(number) and stat.S_ISSOCK(os.fstat(number).st_mode):
+                yield str(number)
+
+
+def _word(number: int) -> str:
+    return getattr(number, "name", str(number))
+
+
+def _what(mode: int) -> str:
+    kinds = ((stat.S_ISREG, "a file"), (stat.S_ISCHR, "a terminal or another device"), (stat.S_ISFIFO, "a pipe"))
+    return next((what for fits, what in kinds if fits(mode)), "something else")
+
+
+def _take(number: int) -> Inherited:
+    """Takes a socket over. Standard descriptors that lead to it are led elsewhere: what a program prints by mistake is
+    not for the client, and the end of the connection is not to wait for the end of the process.
+    """
+    standard = frozenset(one for one in range(3) if one == number or same_file(one, number))
+    descriptor = os.dup(number) if number < _FIRST else number
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for one in standard:
+        os.dup2(nowhere, one)
+    os.close(nowhere)
+    os.set_inheritable(descriptor, False)
+    _Process.taken.add(number)
+    sock = socket.socket(fileno=descriptor)
+    sock.setblocking(False)
+    return Inherited(sock, number, standard)

@@ -1,0 +1,55 @@
+"""What settings must agree on: each mistake that no single value shows, told where it stands in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forkd.config.load import read_settings
+
+FILE = """\
+mode: once
+listen: [{address: 'ADDRESS', handler: 'a:b'}]
+once: ONCE
+"""
+TCP = "tcp://127.0.0.1:7"
+
+
+def mistakes(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    return [str(problem).removeprefix(f"{path}:") for problem in read_settings(path).problems]
+
+
+@pytest.mark.parametrize(
+    ("address", "once", "said"),
+    [
+        (TCP, "{fd: 1}", "3:12: once.fd: 1 is where forkd's own output goes; take 0, or a number from 3 on"),
+        ("unix:@x", "{from: [10.0.0.0/8]}", "3:14: once.from: means where a tcp client comes from, and unix:@x has"),
+        ("unix:@x", f"{{rendezvous: '{TCP}'}}", "2:20: listen[0].address: a rendezvous is of two tcp addresses"),
+        (TCP, f"{{rendezvous: '{TCP}'}}", f"3:20: once.rendezvous: {TCP} is our own address too"),
+        (TCP, "{rendezvous: 'tcp://[::1]:9', adopt: yes}", "3:44: once.adopt: a rendezvous has no listener whose"),
+        (TCP, "{rendezvous: 'tcp://[::1]:9', from: ['::1']}", "3:43: once.from: a rendezvous is with its peer alone"),
+    ],
+)
+def test_settings_of_mode_once_that_do_not_go_together_are_told(
+    tmp_path: Path, address: str, once: str, said: str
+) -> None:
+    text = FILE.replace("ADDRESS", address).replace("ONCE", once)
+    (found,) = mistakes(tmp_path, text)
+    assert found.startswith(said)
+    assert mistakes(tmp_path, text.replace("mode: once", "mode: pool")) == []
+
+
+def test_mode_once_has_one_listener(tmp_path: Path) -> None:
+    text = "mode: once\nlisten: [{address: 'unix:@a', handler: 'a:b'}, {address: 'unix:@b', handler: 'a:b'}]\n"
+    assert mistakes(tmp_path, text) == ["2:9: listen: mode once serves one client at one address, and here are 2"]
+
+
+def test_a_network_with_bits_of_a_host_and_a_peer_without_a_port_are_told_with_what_was_meant(tmp_path: Path) -> None:
+    once = "{from: [10.1.2.3/8], rendezvous: 'tcp://[::1]:0'}"
+    assert mistakes(tmp_path, FILE.replace("ADDRESS", TCP).replace("ONCE", once)) == [
+        "3:15: once.from[0]: '10.1.2.3/8' is not a network; did you mean 10.0.0.0/8?",
+        "3:40: once.rendezvous: 'tcp://[::1]:0' can't be connected to; write tcp://HOST:PORT with the other end's port",
+    ]
