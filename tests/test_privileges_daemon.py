@@ -61,9 +61,12 @@ def test_a_worker_that_is_nobody_still_hears_of_its_masters_death(open_harness: 
     assert tell(open_harness, daemon, "parent_death_signal")["value"] == signal.SIGTERM
 
 
-def test_workers_of_a_restarted_daemon_have_nothing_of_its_listeners_that_went(open_harness: Harness) -> None:
+@pytest.mark.parametrize("preload", ["false", "true"])
+def test_workers_of_a_restarted_daemon_have_nothing_of_its_listeners_that_went(
+    open_harness: Harness, preload: str
+) -> None:
     kept, gone = f"unix:{open_harness.directory}/kept", f"unix:{open_harness.directory}/gone"
-    daemon = daemon_of(open_harness, workers=1, listen=(kept, gone)).start()
+    daemon = daemon_of(open_harness, f"preload={preload}", workers=1, listen=(kept, gone)).start()
     (before,) = daemon.workers().values()
     many = len(list(Path(f"/proc/{before}/fd").iterdir()))
     daemon.options = [one for one in daemon.options if one != f"--listen={gone}"]
