@@ -17,9 +17,13 @@ from test_privileges import NOBODY, status, wanting
 
 from forkd.config.options import Log
 from forkd.errors import ForkdError
+from forkd.master.generation import Generation
+from forkd.master.heritage import Heritage, Place
 from forkd.system.capabilities import Capability, has_capability
 from forkd.system.identity import Identity, find_identity, look_up
 from forkd.system.privileges import drop_privileges
+from forkd.system.scoreboard import Scoreboard
+from forkd.system.sockets import bind_listener
 
 STRANGER = 54321  # a number that no user has
 
@@ -168,3 +172,21 @@ def test_a_log_file_that_is_the_workers_is_refused(tmp_path: Path) -> None:
     assert look_up(wanting(user=str(NOBODY), group="1", log=Log(to=path)))[1] == [
         ("log.to", f"the file may be written by {NOBODY}, as which a worker could redirect the log")
     ]
+
+
+def test_another_image_of_the_master_knows_by_number_who_its_workers_are() -> None:
+    """Until the reload that follows an upgrade, a worker that dies is replaced by what was handed over."""
+    settings = wanting(user="a-name-that-nobody-has-by-now")
+    bound = bind_listener(settings.listen[0])
+    board = Scoreboard(2)
+    generation = Generation(3, settings, [bound], -1, Identity(1, 2, (3, 4)))
+    place = Place("/", detached=False, lock=-1)
+    handed = Heritage(place, generation, 1, 0.0, -1, board, [], {}, [], []).write()
+    for sock in bound.sockets:
+        sock.detach()
+    found = Heritage.read(handed)
+    for descriptor in (handed, *found.descriptors()):
+        os.close(descriptor)
+    for sock in found.generation.bound[0].sockets:
+        sock.detach()
+    assert found.generation.identity == Identity(1, 2, (3, 4))

@@ -57,7 +57,7 @@ def test_the_options_of_once_are_settings_of_its_mode() -> None:
         ("statsu --json", "did you mean 'status'?"),
         (
             "reboot-all",
-            "there is no command 'reboot-all'; there are run, start, restart, check, stop, reload, upgrade, status, ",
+            "there is no command 'reboot-all'; there are run, start, restart, check, stop, reload, upgrade, status",
         ),
         ("--nonsense", "required: COMMAND"),
         ("start --nonsense", "unrecognized arguments: --nonsense; see forkd --help"),

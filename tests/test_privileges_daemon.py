@@ -49,8 +49,9 @@ def test_a_worker_has_no_descriptor_but_what_it_needs(open_harness: Harness, pla
     for pid in daemon.workers().values():
         links = sorted(os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
         kinds = [re.sub(r":\[\d+\]$", "", link) for link in links]
-        # Listener, channel, and asyncio's own pair to wake itself; a client of ours there is none.
-        wanted = ["/dev/null", str(daemon.log), "anon_inode:[eventpoll]", "pipe", "pipe", *["socket"] * 4]
+        # Standard output and error, and where stacks are written; listener, channel, and asyncio's own pair to wake
+        # itself; a client of ours there is none.
+        wanted = ["/dev/null", str(daemon.log), "anon_inode:[eventpoll]", *["pipe"] * 3, *["socket"] * 4]
         assert kinds == sorted(wanted)
 
 
@@ -60,9 +61,12 @@ def test_a_worker_that_is_nobody_still_hears_of_its_masters_death(open_harness: 
     assert tell(open_harness, daemon, "parent_death_signal")["value"] == signal.SIGTERM
 
 
-def test_workers_of_a_restarted_daemon_have_nothing_of_its_listeners_that_went(open_harness: Harness) -> None:
+@pytest.mark.parametrize("preload", ["false", "true"])
+def test_workers_of_a_restarted_daemon_have_nothing_of_its_listeners_that_went(
+    open_harness: Harness, preload: str
+) -> None:
     kept, gone = f"unix:{open_harness.directory}/kept", f"unix:{open_harness.directory}/gone"
-    daemon = daemon_of(open_harness, workers=1, listen=(kept, gone)).start()
+    daemon = daemon_of(open_harness, f"preload={preload}", workers=1, listen=(kept, gone)).start()
     (before,) = daemon.workers().values()
     many = len(list(Path(f"/proc/{before}/fd").iterdir()))
     daemon.options = [one for one in daemon.options if one != f"--listen={gone}"]
@@ -76,12 +80,7 @@ def test_what_forkd_run_inherits_is_not_the_workers(open_harness: Harness, place
     daemon = daemon_of(open_harness, workers=1)
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
-    before = subprocess.Popen
-    try:
-        subprocess.Popen = lambda *a, **k: before(*a, **k, pass_fds=[writer])  # type: ignore[assignment, misc]
-        daemon.run()
-    finally:
-        subprocess.Popen = before  # type: ignore[misc]
+    daemon.run(pass_fds=[writer])
     pipe = os.readlink(f"/proc/self/fd/{writer}")
     os.close(writer)
     os.close(reader)
@@ -147,7 +146,7 @@ def free_low_port() -> int:
             except OSError:
                 continue
         return port
-    lacks("a free port below 1024")
+    return lacks("a free port below 1024")
 
 
 def test_a_reload_binds_low_ports_and_the_log_is_opened_anew(open_harness: Harness, place: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -159,19 +160,26 @@ def test_jitter_keeps_workers_from_growing_old_together(harness: Harness) -> Non
     wait_deaths(daemon, 1)
 
 
+def put(path: Path, text: str) -> None:
+    """Writes a file so that nobody who boots just now finds half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def test_a_worn_worker_serves_on_as_long_as_its_replacement_can_not_boot(harness: Harness) -> None:
     handler = harness.directory / "mended.py"
-    handler.write_text("from trouble import Trouble\n")
+    put(handler, "from trouble import Trouble\n")
     daemon = harness.daemon(
         target="mended:Trouble", workers=1, settings=("recycle.connections=3", "recycle.jitter=0%")
     ).start()
     daemon.expect("worker 1 .* has ended: exit status 3, could not boot: .*not yet mended")
     worker, address = daemon.workers()[1], daemon.address
-    handler.write_text("raise RuntimeError('not yet mended')\n")
+    put(handler, "raise RuntimeError('not yet mended')\n")
     visit(harness, address, 3)
     daemon.wait_log("could not boot: .*not yet mended")
     visit(harness, address, 5)
     assert daemon.workers() == {1: worker}
-    handler.write_text("from trouble import Trouble\n")
+    put(handler, "from trouble import Trouble\n")
     eventually(lambda: worker not in daemon.workers().values(), what="its replacement")
     assert all(echoes(client) for client in [harness.connect(address)] if read(client, GREETING))

@@ -245,7 +245,7 @@ def test_a_path_that_is_somebody_elses_by_now_is_left_alone(bound: Bound, path: 
 
 
 def test_a_path_that_has_gone_is_told(bound: Bound, path: Path) -> None:
-    held = bound(f"unix:{path}")
+    held = bound(f"unix:{path}", mode=0o600)
     path.unlink()
     with pytest.raises(FileNotFoundError):
         update_listener(held)

@@ -26,7 +26,7 @@ class Host:
 
     def __init__(self, kit):
         self.kit = kit
-        self.row = Row(0, memoryview(bytearray(8 * len(Field))).cast("q"))
+        self.row = Row.of_nobody()
         self.tally = Tally(self.row)
         kit.loop.on_error = self.tally.failed
         self.running = set()
