@@ -30,6 +30,7 @@ class Keeper:
 
     def __init__(self) -> None:
         self.write_limit = 0
+        self.listener = ""
         self.ended = 0
         self.errors = 0
 

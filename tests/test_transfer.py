@@ -14,6 +14,7 @@ import sysconfig
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from time import monotonic, perf_counter
 
 import pytest
@@ -201,4 +202,4 @@ def test_slow_clients_do_not_slow_the_fast_ones(harness: Harness) -> None:
         slow = slow_clients(files, echo, data)
         among.append(latency(echo, slow))
         close(slow)
-    assert min(among) < 3 * min(without)
+    assert median(among) < 3 * median(without)

@@ -21,6 +21,8 @@ from forkd.errors import BootError, ForkdError, HandlerError
 from forkd.serve.doors import Connected, Listening, is_welcome
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.once import Door, serve_one
+from forkd.serve.settle import settle
+from forkd.system.identity import find_identity
 from forkd.system.inherited import address_of, is_listening, send_at_once, take_inherited
 from forkd.system.logs import open_log, set_role, start_logging
 from forkd.system.pidfile import PidFile
@@ -209,8 +211,10 @@ def _detached(settings: Settings, entrance: Entrance, descriptor: int, launcher:
 def _serve(settings: Settings, entrance: Entrance, on_ready: Callable[[Ready], None]) -> int:
     set_role("once")
     try:
-        handler = _handler(settings)
+        identity = find_identity(settings)
         with _pid_file(settings) as write_pid:
+            settle(settings, identity)  # as a worker does: nothing of the user's runs as who started it
+            handler = _handler(settings)
 
             def ready() -> None:
                 write_pid()
@@ -230,16 +234,16 @@ def _handler(settings: Settings) -> Handler:
 
 @contextlib.contextmanager
 def _pid_file(settings: Settings) -> Iterator[Callable[[], None]]:
-    """Yields what makes the pid file, if there is to be one; it is removed at the end. Raises ForkdError."""
-    file = None if settings.once.pid_file is None else PidFile(settings.once.pid_file, settings.name)
-
-    def write() -> None:
-        if file is not None:
-            file.acquire()
-            file.write()
-
+    """Makes the pid file, if there is to be one; yields what writes it; removes it at the end. Raises ForkdError."""
+    if settings.once.pid_file is None:
+        yield lambda: None
+        return
+    file = PidFile(settings.once.pid_file, settings.name)
+    file.acquire()
     try:
-        yield write
+        yield file.write
     finally:
-        if file is not None:
+        try:
             file.remove()
+        except PermissionError:  # the process has become another user since; without its lock the file says nothing
+            log.warning("can't remove the pid file %s as this user", settings.once.pid_file)

@@ -179,7 +179,7 @@ class Crew:
         if event == "ready":
             if worker.life is Life.BOOTING:
                 worker.ready_at = time.monotonic()
-                log.info("worker %d is ready, pid %d", worker.slot, worker.pid)
+                log.info("worker %d is ready, pid %d", worker.slot, worker.pid, extra={"worker": worker.slot})
             self._live(worker, Turn.READY)
         elif event == "failed":
             reason, details = (_words(message.get(key), _WORDS) for key in ("reason", "details"))
@@ -222,7 +222,8 @@ class Crew:
             worker.unfinished = ""
         worker.words.extend(line[:_LINE] for line in lines)
         if lines and worker.slot != HELPER:  # a helper's are for who waits for it
-            log.warning("worker %d (pid %d) on stderr: %s", worker.slot, worker.pid, "\n".join(lines))
+            said, about = "\n".join(lines), {"worker": worker.slot}
+            log.warning("worker %d (pid %d) on stderr: %s", worker.slot, worker.pid, said, extra=about)
         if not data:
             self._stop_overhearing(worker)
         return bool(data)
@@ -267,7 +268,7 @@ class Crew:
             self.deaths.append(certificate(worker, ended, now, expected=expected))
             # One that drained on somebody else's word (a signal to the whole process group) has done nothing wrong.
             level = logging.INFO if expected or ended.status == 0 else logging.ERROR
-            log.log(level, "%s", obituary(worker, ended))
+            log.log(level, "%s", obituary(worker, ended), extra={"worker": worker.slot})
         finally:
             worker.row.clear()
         if life not in (Life.DRAINING, Life.CLOSING):

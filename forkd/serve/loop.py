@@ -9,6 +9,7 @@ own, a callback that was scheduled, a timer. What is called there must not raise
 from __future__ import annotations
 
 import asyncio
+import logging
 import select
 import selectors
 from asyncio import Handle, TimerHandle
@@ -88,6 +89,20 @@ def _asyncio_mask(mask: int) -> int:
     return (selectors.EVENT_WRITE if mask & ~IN else 0) | (selectors.EVENT_READ if mask & ~OUT else 0)
 
 
+class _About(logging.Filter):
+    """Says in asyncio's own records of failures which connection they are about."""
+
+    fields: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.__dict__.update(self.fields)
+        return True
+
+
+_ABOUT = _About()
+logging.getLogger("asyncio").addFilter(_ABOUT)
+
+
 class PollLoop(asyncio.SelectorEventLoop):
     """asyncio's event loop over a `PollSelector`.
 
@@ -119,4 +134,9 @@ class PollLoop(asyncio.SelectorEventLoop):
         """As asyncio's; also counts."""
         if "exception" in context:
             self.on_error()
-        super().call_exception_handler(context)
+        about = getattr(context.get("transport"), "about", dict)
+        _ABOUT.fields = about()
+        try:
+            super().call_exception_handler(context)
+        finally:
+            _ABOUT.fields = {}

@@ -55,6 +55,10 @@ class Keeper(Protocol):
         """Unsent bytes above which a further write ends the connection; 0: no limit."""
 
     @property
+    def listener(self) -> str:
+        """Where it came from, for the log."""
+
+    @property
     def closed(self) -> Callable[[], None]:
         """Called when a connection is over."""
 
@@ -148,12 +152,13 @@ class SendingHalf(transports._FlowControlMixin):
             return
         if self._conn_lost:
             if self._conn_lost == constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES:
-                log.warning("a handler goes on writing to a closed connection: %r", self._protocol)
+                log.warning("a handler goes on writing to a closed connection: %r", self._protocol, extra=self.about())
             self._conn_lost += 1
             return
         assert self._out is not None  # noqa: S101 (for the type checker)
         if 0 < self._keeper.write_limit < len(self._out):
-            log.warning("closed a client that does not read: %d bytes unsent, %s", len(self._out), self._name())
+            words = "closed a client that does not read: %d bytes unsent, %s"
+            log.warning(words, len(self._out), self._name(), extra=self.about())
             self._force_close(WriteBufferFull(f"{len(self._out)} bytes unsent"))
             return
         self._out += data
@@ -219,7 +224,11 @@ class SendingHalf(transports._FlowControlMixin):
     def _report(self, error: OSError, message: str) -> None:
         """A client that goes away, as its `connection_lost` hears, is nothing to log; anything else is."""
         if not isinstance(error, _GONE):
-            log.warning("%s: %s: %s", self._name(), message, error)
+            log.warning("%s: %s: %s", self._name(), message, error, extra=self.about())
+
+    def about(self) -> dict[str, str]:
+        """Which connection a log record is about, as fields of it."""
+        return {"client": str(self._peer), "listener": self._keeper.listener}
 
     def _name(self) -> str:
         return f"client {self._peer!r}" if self._peer else f"descriptor {self._fd}"

@@ -27,4 +27,4 @@ def host(
     factory = handler.target
     if handler.form == "streams":
         factory = streams_factory(handler.target, loop, conversations)
-    return ProtocolServer(loop, factory, tally, listener.limits.write_buffer)
+    return ProtocolServer(loop, factory, tally, listener.limits.write_buffer, str(listener.address))

@@ -22,12 +22,16 @@ class ProtocolServer:
         factory: makes a protocol, an `asyncio.Protocol` or `asyncio.BufferedProtocol`.
         tally: the worker's count of connections, told when one ends.
         write_limit: unsent bytes above which a connection whose handler writes again is closed; 0: none.
+        listener: what the log calls where the connections come from.
     """
 
-    def __init__(self, loop: PollLoop, factory: ProtocolFactory, tally: Tally, write_limit: int) -> None:
+    def __init__(
+        self, loop: PollLoop, factory: ProtocolFactory, tally: Tally, write_limit: int, listener: str = ""
+    ) -> None:
         self._loop = loop
         self._factory = factory
         self.write_limit = write_limit
+        self.listener = listener
         self.closed = tally.closed
 
     def __call__(self, sock: socket.socket, peer: Any) -> None:

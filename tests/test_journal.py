@@ -1,0 +1,125 @@
+"""Records for systemd's journal: their datagrams, and a worker's that go to a socket that stands for the journal's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forkd.errors import ForkdError
+from forkd.system import journal, logs
+
+
+def decode(data: bytes) -> dict[str, str]:
+    """A record's fields, read as the journal reads them (systemd.io/JOURNAL_NATIVE_PROTOCOL)."""
+    fields = {}
+    while data:
+        line, _, data = data.partition(b"\n")
+        name, equals, value = line.partition(b"=")
+        if not equals:
+            (size,) = struct.unpack("<Q", data[:8])
+            value, data = data[8 : 8 + size], data[8 + size + 1 :]
+        fields[name.decode()] = value.decode()
+    return fields
+
+
+@pytest.fixture
+def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A socket that stands for the journal's, and logging that goes there; undone at the end."""
+    monkeypatch.setattr(journal, "_SOCKET", str(tmp_path / "journal"))
+    root = logging.getLogger()
+    before = root.handlers[:], root.level, logs._Process.daemon, logs._Process.role, logs._Process.descriptor
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(journal._SOCKET)
+        sock.settimeout(20)
+        descriptor = logs.open_log("journal")
+        root.handlers[:] = []
+        logs.start_logging("chat", "info", "journal", descriptor)
+        try:
+            yield sock
+        finally:
+            logging.captureWarnings(capture=False)
+            root.handlers[:], root.level = before[:2]
+            logs._Process.daemon, logs._Process.role, logs._Process.descriptor = before[2:]
+            os.close(descriptor)
+
+
+@given(st.dictionaries(st.sampled_from(["MESSAGE", "CLIENT", "WORKER"]), st.text(st.characters(codec="utf-8"))))
+def test_what_is_encoded_is_read_as_the_same_fields(fields: dict[str, str]) -> None:
+    assert decode(journal.encode(fields)) == fields
+
+
+def test_a_value_of_several_lines_forges_no_field() -> None:
+    forged = "hello\nPRIORITY=0\nMESSAGE=all is well"
+    assert decode(journal.encode({"MESSAGE": forged, "PRIORITY": "6"})) == {"MESSAGE": forged, "PRIORITY": "6"}
+
+
+def test_a_record_has_fields_for_what_it_is_about(heard: socket.socket) -> None:
+    logs.set_role("worker 3")
+    logging.getLogger("shop").error("no more %s", "tea", extra={"client": "1.2.3.4", "listener": "tcp://0.0.0.0:80"})
+    found = decode(heard.recv(65536))
+    wanted = {
+        "MESSAGE": "no more tea", "PRIORITY": "3", "SYSLOG_IDENTIFIER": "chat", "LOGGER": "shop", "WORKER": "3",
+        "CLIENT": "1.2.3.4", "LISTENER": "tcp://0.0.0.0:80", "CODE_FILE": __file__,
+    }  # fmt: skip
+    assert wanted.items() <= found.items()
+
+
+def test_a_traceback_is_part_of_the_message(heard: socket.socket) -> None:
+    try:
+        raise ValueError("odd")
+    except ValueError:
+        logging.getLogger("shop").exception("failed")
+    message = decode(heard.recv(65536))["MESSAGE"]
+    assert message.startswith("failed\nTraceback")
+    assert message.endswith("ValueError: odd")
+
+
+def test_a_record_that_no_datagram_holds_comes_as_a_sealed_file(heard: socket.socket) -> None:
+    logging.getLogger("shop").warning("x" * (4 << 20))
+    data, descriptors, _, _ = socket.recv_fds(heard, 10, 1)
+    assert data == b""
+    with open(descriptors[0], "rb") as file:
+        file.seek(0)
+        found = decode(file.read())
+    assert len(found["MESSAGE"]) == 4 << 20
+
+
+def test_a_journal_that_is_gone_holds_nobody_up(heard: socket.socket, capsys: pytest.CaptureFixture[str]) -> None:
+    heard.close()
+    logging.getLogger("shop").warning("hello")
+    assert capsys.readouterr().err == ""
+
+
+def test_where_there_is_no_journal_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_SOCKET", str(tmp_path / "nobody"))
+    with pytest.raises(ForkdError, match=r"can't log to the journal: .*nobody: No such file or directory"):
+        logs.open_log("journal")
+
+
+@pytest.mark.parametrize(("level", "number"), [(10, 7), (20, 6), (30, 4), (40, 3), (50, 2)])
+def test_a_level_has_its_priority(level: int, number: int) -> None:
+    assert journal.priority(level) == number
+
+
+def test_lines_for_the_journals_stream_begin_with_their_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    try:
+        found = os.fstat(writer)
+        assert not journal.is_journal_stream(writer)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        assert journal.is_journal_stream(writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert not journal.is_journal_stream(writer)
+    record = logging.LogRecord("shop", logging.WARNING, "f", 1, "one\ntwo", None, None)
+    lines = logs.TextFormatter(with_priority=True).format(record).split("\n")
+    assert [line[:3] for line in lines] == ["<4>", "<4>"]
