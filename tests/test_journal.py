@@ -8,12 +8,14 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from forkd.errors import ForkdError
+from forkd.serve.loop import PollLoop
 from forkd.system import journal, logs
 
 
@@ -74,12 +76,12 @@ def test_a_record_has_fields_for_what_it_is_about(heard: socket.socket) -> None:
 
 def test_a_traceback_is_part_of_the_message(heard: socket.socket) -> None:
     try:
-        raise ValueError("odd")
+        int("odd")
     except ValueError:
         logging.getLogger("shop").exception("failed")
     message = decode(heard.recv(65536))["MESSAGE"]
     assert message.startswith("failed\nTraceback")
-    assert message.endswith("ValueError: odd")
+    assert "ValueError: invalid literal" in message
 
 
 def test_a_record_that_no_datagram_holds_comes_as_a_sealed_file(heard: socket.socket) -> None:
@@ -123,3 +125,16 @@ def test_lines_for_the_journals_stream_begin_with_their_priority(monkeypatch: py
     record = logging.LogRecord("shop", logging.WARNING, "f", 1, "one\ntwo", None, None)
     lines = logs.TextFormatter(with_priority=True).format(record).split("\n")
     assert [line[:3] for line in lines] == ["<4>", "<4>"]
+
+
+def test_a_handlers_failure_is_logged_with_whose_connection_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    about = {"client": "1.2.3.4", "listener": "tcp://0.0.0.0:80"}
+    loop = PollLoop()
+    try:
+        loop.call_exception_handler({"message": "It failed.", "transport": SimpleNamespace(about=lambda: about)})
+        loop.call_exception_handler({"message": "It failed again."})
+    finally:
+        loop.close()
+    first, second = (record.__dict__ for record in caplog.records)
+    assert about.items() <= first.items()
+    assert not about.keys() & second.keys()
