@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from forkd.config.address import LONGEST_PATH, Address
 from forkd.config.agree import mistakes_of_once
-from forkd.config.options import Listener, ListOf, Option, Settings, default_of, made_of, options
+from forkd.config.declare import ListOf, Option, default_of, made_of, options
+from forkd.config.options import Listener, Settings
 from forkd.config.units import JOURNAL, MOST_WORKERS, UNLIMITED, Kind
 
 ODD = [

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forkd.config.address import parse_address
+from forkd.config.declare import Needs, option, options, section
 from forkd.config.differences import Difference, differences
-from forkd.config.options import Limits, Listener, Log, Needs, Recycle, Settings, _option, _section, options
+from forkd.config.options import Limits, Listener, Log, Recycle, Settings
 from forkd.config.plain import to_plain
 from forkd.config.units import integer
 
@@ -190,13 +191,13 @@ def test_each_difference_is_a_line_for_a_terminal() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Within:
-    light: int = _option(integer(0, 9), "Light.", 1)
-    heavy: int = _option(integer(0, 9), "Heavy.", 2, needs=Needs.RESTART)
+    light: int = option(integer(0, 9), "Light.", 1)
+    heavy: int = option(integer(0, 9), "Heavy.", 2, needs=Needs.RESTART)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Around:
-    inner: Within = _section(Within, "Inner.", needs=Needs.UPGRADE)
+    inner: Within = section(Within, "Inner.", needs=Needs.UPGRADE)
 
 
 def test_what_is_in_a_section_needs_at_least_what_the_section_needs() -> None:

@@ -26,7 +26,7 @@ Make = Callable[..., Single]
 
 def program(name: str, address: str) -> list[str]:
     host, port = address.removeprefix("tcp://").split(":")
-    return ["socat", "-t", "5", "-", f"tcp:{host}:{port}"] if name == "socat" else ["nc", "-q", "5", host, port]
+    return ["socat", "-t", "5", "-", f"tcp:{host}:{port}"] if name == "socat" else ["nc", "-N", host, port]
 
 
 @pytest.mark.parametrize("client", ["nc", "socat"])
@@ -63,10 +63,10 @@ def test_the_child_has_a_session_of_its_own_no_terminal_and_nothing_of_its_start
         one._read(one.command(pass_fds=(writer,)).stdout)
         fields = Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()
         assert (fields[3], fields[4]) == (str(one.pid), "0")  # session, tty_nr
-        links = {number: os.readlink(f"/proc/{one.pid}/fd/{number}") for number in os.listdir(f"/proc/{one.pid}/fd")}
-        assert (links["0"], links["1"], links["2"]) == ("/dev/null", str(one.log), str(one.log))
-        assert [link for link in links.values() if link.startswith("pipe:")] == []
-        assert sum(link.startswith("socket:") for link in links.values()) == 3  # the listener, and asyncio's own pair
+        found = links(one.pid)
+        assert (found["0"], found["1"], found["2"]) == ("/dev/null", str(one.log), str(one.log))
+        assert [link for link in found.values() if link.startswith("pipe:")] == []
+        assert sum(link.startswith("socket:") for link in found.values()) == 3  # the listener, and asyncio's own pair
     finally:
         os.close(reader)
         os.close(writer)
@@ -264,21 +264,28 @@ def test_the_command_line_has_no_workers_for_it(harness: Harness) -> None:
 def test_a_starter_that_was_interrupted_leaves_nobody(single: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate")
     one = single("gate:Echo", "--log", tmp_path / "once.log", listen=f"unix:{tmp_path}/s.sock")
-    with open(tmp_path / "gate", "r+b", buffering=0) as gate:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "forkd", *map(str, one.arguments)],
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-        )
-        eventually((tmp_path / "s.sock").exists, what="the bind")
+    command = [sys.executable, "-m", "forkd", *map(str, one.arguments)]
+    with (
+        open(tmp_path / "gate", "r+b", buffering=0) as gate,
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process,
+    ):
         child = eventually(lambda: children(process.pid), what="the fork")[0]
+        # Python loses an interrupt that comes while it forks; by now it waits for its child.
+        eventually(lambda: not any(link.startswith("socket:") for link in links(process.pid).values()), what="the wait")
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         gate.write(b"1")
         wait_end(child)
-        assert process.stderr is not None
-        process.stderr.close()
     assert not (tmp_path / "s.sock").exists()
+
+
+def links(pid: int) -> dict[str, str]:
+    """What each descriptor of a process leads to."""
+    found = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            found[number] = os.readlink(f"/proc/{pid}/fd/{number}")
+    return found
 
 
 def children(pid: int) -> list[int]:

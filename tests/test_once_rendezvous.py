@@ -79,7 +79,7 @@ def test_any_program_that_connects_from_the_bound_port_does(single: Make, ports:
     host = "127.0.0.1"
     command = {
         "socat": ["socat", "-t", "5", "-", f"tcp:{host}:{ports[0]},bind={host}:{ports[1]},reuseaddr"],
-        "nc": ["nc", "-q", "5", "-s", host, "-p", str(ports[1]), host, str(ports[0])],
+        "nc": ["nc", "-N", "-s", host, "-p", str(ports[1]), host, str(ports[0])],
     }
     answer = subprocess.run(command[program], input=b"hello\n", capture_output=True, timeout=30, check=True)
     assert answer.stdout == b"hello\n"
@@ -191,3 +191,10 @@ def test_the_same_address_for_both_is_told_before_anything_is_begun(single: Make
     result = single(None, "--rendezvous", where, listen=where).command()
     assert result.returncode == 78
     assert f"--rendezvous: once.rendezvous: {where} is our own address too" in result.stderr
+
+
+def test_the_same_two_ends_can_meet_again_at_once(single: Make, ports: tuple[int, int]) -> None:
+    """The kernel keeps the pair of ports back for a while; a fresh socket tries again until it may."""
+    for _ in range(2):
+        here, there = end(single, *ports, "ends:Caller"), end(single, *ports[::-1], "ends:Callee")
+        assert (here.status(), there.status()) == (0, 0)

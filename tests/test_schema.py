@@ -13,8 +13,9 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
+from forkd.config.declare import ListOf, Needs, default_of, option, options, section
 from forkd.config.load import read_settings
-from forkd.config.options import ListOf, Needs, Settings, _option, _section, default_of, options
+from forkd.config.options import Settings
 from forkd.config.schema import json_schema, reference_page
 from forkd.config.units import Kind, integer
 
@@ -25,12 +26,12 @@ LISTENER = "address: 'unix:/tmp/x', handler: 'a:b'"
 
 def every_setting(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, str, type]]:
     """Key as the reference page writes it, last name, section; for every setting there is."""
-    for name, option in options(section).items():
+    for name, declared in options(section).items():
         yield prefix + name, name, section
-        if isinstance(option.kind, ListOf) and isinstance(option.kind.item, type):
-            yield from every_setting(option.kind.item, f"{prefix}{name}[].")
-        elif isinstance(option.kind, type):
-            yield from every_setting(option.kind, f"{prefix}{name}.")
+        if isinstance(declared.kind, ListOf) and isinstance(declared.kind.item, type):
+            yield from every_setting(declared.kind.item, f"{prefix}{name}[].")
+        elif isinstance(declared.kind, type):
+            yield from every_setting(declared.kind, f"{prefix}{name}.")
 
 
 SETTINGS = list(every_setting())
@@ -79,14 +80,14 @@ def test_every_setting_has_its_row_on_the_reference_page(key: str, name: str, se
 
 @dataclass(frozen=True, kw_only=True)
 class Within:
-    light: int = _option(integer(0, 9), "Light.", 1)
-    heavy: int = _option(integer(0, 9), "Heavy.", 2, needs=Needs.RESTART)
+    light: int = option(integer(0, 9), "Light.", 1)
+    heavy: int = option(integer(0, 9), "Heavy.", 2, needs=Needs.RESTART)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Around:
-    inner: Within = _section(Within, "Inner.", needs=Needs.UPGRADE)
-    last: int = _option(integer(0, 9), "Last.", 3)
+    inner: Within = section(Within, "Inner.", needs=Needs.UPGRADE)
+    last: int = option(integer(0, 9), "Last.", 3)
 
 
 def test_what_is_in_a_section_needs_at_least_what_the_section_needs(monkeypatch: pytest.MonkeyPatch) -> None:

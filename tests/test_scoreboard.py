@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import mmap
 import os
 import resource
@@ -128,6 +129,7 @@ def test_a_worker_that_is_confined_dies_of_writing_elsewhere(make: Callable[[int
     other, own = claimed(board, 1), claimed(board, 2)
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # of pytest; the end is expected
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         board.confine(own)
         if reach == "the header":

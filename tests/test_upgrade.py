@@ -182,7 +182,6 @@ def test_a_stop_that_comes_with_the_order_to_upgrade_stops(harness: Harness) -> 
 def test_a_stop_during_the_dry_run_stops(harness: Harness) -> None:
     site = Changing(harness)
     daemon = site.daemon.run()
-    daemon.expect("upgrade: failed, and nothing has changed: the daemon stops")
     client, _ = site.greet()
     assert daemon.process is not None
     with site.gate("later"):
@@ -198,7 +197,6 @@ def test_a_stop_during_the_dry_run_stops(harness: Harness) -> None:
 def test_a_stop_while_the_new_image_boots_its_workers_stops(harness: Harness) -> None:
     site = Changing(harness)
     daemon = site.daemon.run()
-    daemon.expect("reload: failed, and nothing has changed: the daemon stops")
     client, _ = site.greet()
     with site.gate("later") as let:
         asked = site.begin("upgrade")

@@ -11,8 +11,9 @@ import os
 import select
 from collections.abc import Callable, Sequence
 
+from forkd.config.declare import Needs
 from forkd.config.differences import differences
-from forkd.config.options import Needs, Settings
+from forkd.config.options import Settings
 from forkd.config.plain import to_plain
 from forkd.errors import ForkdError
 from forkd.master.change import DIFF

@@ -58,11 +58,8 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
     # What is neither logged nor a worker's: an interpreter's own last words. It is open as long as the daemon lives.
     stream = open(descriptor if isinstance(target, Path) else os.devnull, "ab")  # noqa: SIM115
     with holding(settings, legacy) as held:
-        about = {
-            "workers": wanted_workers(settings),
-            "addresses": [str(one.address) for one in held.bound],
-            "log": str(target),
-        }
+        addresses = [str(one.address) for one in held.bound]
+        about = {"workers": wanted_workers(settings), "addresses": addresses, "log": str(target)}
         # Each of these undoes a default that bites: it would close all descriptors, open the umask, stay attached under
         # a PID 1, forbid core files and take the terminal's signals.
         with DaemonContext(
@@ -80,13 +77,9 @@ def _run_daemon(settings: Settings, reread: Reread, legacy: Legacy | None, launc
             # next image of the master: there the first descriptor opened, whatever it is, would stand in for it.
             os.set_inheritable(0, True)
             start_logging(settings.name, settings.log.level, settings.log.form, descriptor)
-            daemon = Daemon(
-                held,
-                Place(directory, detached=True, lock=held.run.pid_file.descriptor),
-                reread,
-                on_ready=lambda: launcher.say({**about, "pid": os.getpid()}),
-                hang_up=launcher.hang_up,
-            )
+            place = Place(directory, detached=True, lock=held.run.pid_file.descriptor)
+            daemon = Daemon(held, place, reread, hang_up=launcher.hang_up)
+            daemon.on_ready = lambda: launcher.say({**about, "pid": os.getpid()})
             daemon.serve(settings, descriptor)
             launcher.failed(BootError("it was stopped before it was ready"))
     return 0

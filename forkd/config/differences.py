@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from forkd.config.options import ListOf, Needs, Settings, options
+from forkd.config.declare import ListOf, Needs, options
+from forkd.config.options import Settings
 from forkd.config.plain import to_plain
 from forkd.config.units import Kind
 

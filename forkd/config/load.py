@@ -18,7 +18,8 @@ from typing import Any, TypeGuard
 import yaml
 
 from forkd.config.agree import mistakes_of_once
-from forkd.config.options import Listener, ListOf, Option, Settings, default_of, made_of, options
+from forkd.config.declare import ListOf, Option, default_of, made_of, options
+from forkd.config.options import Listener, Settings
 from forkd.config.override import Override, empty_mapping, graft, made_mark
 from forkd.config.units import Kind
 from forkd.errors import ConfigError, Problem

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from forkd.config.declare import ListOf, options, value_of
 from forkd.config.load import Loaded, read_graph
-from forkd.config.options import ListOf, Settings, options, value_of
+from forkd.config.options import Settings
 from forkd.config.override import made_mark, node_of
 from forkd.config.units import Kind
 from forkd.errors import ConfigError, Problem

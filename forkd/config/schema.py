@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from forkd.config.options import ListOf, Needs, Option, Settings, default_of, options
+from forkd.config.declare import ListOf, Needs, Option, default_of, options
+from forkd.config.options import Settings
 from forkd.config.units import Kind
 
 

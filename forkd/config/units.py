@@ -9,11 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from forkd.config.address import Address, parse_address
+from forkd.config.scales import (
+    DURATION_FORM,
+    PERCENT_FORM,
+    RATE_FORM,
+    SIZE_FORM,
+    parse_duration,
+    parse_percent,
+    parse_rate,
+    parse_size,
+    show_duration,
+    show_percent,
+    show_rate,
+    show_size,
+)
 
 if TYPE_CHECKING:
     import ipaddress
@@ -46,95 +59,9 @@ class Kind(Generic[T]):
         return (self.unset or None) if value is None else self.show(value)
 
 
-_SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_MOST = 1e15  # seconds, bytes or events a second: no number that a setting can mean is near it
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
-_DURATION = r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+"
-_SIZE = r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?"
-_RATE = r"(\d+(?:\.\d+)?)/(s|m|h|d)"
-_PERCENT = r"(100(?:\.0+)?|\d{1,2}(?:\.\d+)?)%"
 _HANDLER = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-
-
-def parse_duration(text: str) -> float:
-    """Seconds, from `250ms`, `30s`, `5m`, `1h30m` or `0`."""
-    if text == "0":
-        return 0.0
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        raise ValueError(f"{text!r} has no unit; did you mean {text}s?")
-    if not re.fullmatch(_DURATION, text, re.ASCII):
-        raise ValueError(f"{text!r} is not a duration; write a number with ms, s, m, h or d, as in 30s or 1h30m")
-    seconds = sum(Decimal(number) * _SECONDS[unit] for number, unit in re.findall(r"([\d.]+)(ms|[smhd])", text))
-    return _finite(text, float(seconds))
-
-
-def show_duration(seconds: float) -> str:
-    """The shortest text that parses to `seconds` again."""
-    exact = Decimal(repr(seconds))
-    for unit in ("d", "h", "m", "s"):
-        if exact % _SECONDS[unit] == 0:
-            return f"{exact // _SECONDS[unit]:f}{unit}" if exact else "0s"
-    return f"{(exact * 1000).normalize():f}ms"
-
-
-def _finite(text: str, number: float) -> float:
-    if number > _MOST:
-        raise ValueError(f"{text[:40]!r} is more than anybody can mean")
-    return number
-
-
-def parse_size(text: str) -> int:
-    """Bytes, from `512B`, `64KiB`, `1.5GiB`, `10MB` or a bare number of bytes."""
-    match = re.fullmatch(_SIZE, text, re.ASCII)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write a number with {', '.join(_BYTES)}, as in 64KiB")
-    size = Decimal(match[1]) * _BYTES[match[2] or "B"]
-    if size >= 1 << 63:
-        raise ValueError(f"{text[:40]!r} is more than anybody can mean")
-    return int(size)
-
-
-def show_size(size: int) -> str:
-    """The shortest text that parses to `size` again."""
-    for unit in ("GiB", "MiB", "KiB"):
-        if size and size % _BYTES[unit] == 0:
-            return f"{size // _BYTES[unit]}{unit}"
-    return f"{size}B"
-
-
-def parse_rate(text: str) -> float:
-    """Events per second, from `20/s`, `100/m`, `5/h` or `1/d`."""
-    match = re.fullmatch(_RATE, text, re.ASCII)
-    if match is None:
-        raise ValueError(f"{text!r} is not a rate; write a number per s, m, h or d, as in 20/s")
-    return _finite(text, float(Decimal(match[1]) / _SECONDS[match[2]]))
-
-
-def show_rate(rate: float) -> str:
-    """The shortest text that parses to `rate` again."""
-    exact = Decimal(repr(rate))
-    for unit in ("s", "m", "h", "d"):
-        text = f"{exact * _SECONDS[unit]:.0f}/{unit}"
-        if parse_rate(text) == rate:
-            return text
-    return f"{exact:f}/s"
-
-
-def parse_percent(text: str) -> float:
-    """A fraction from 0 to 1, from `10%` or `2.5%`."""
-    if re.fullmatch(_PERCENT, f"{text}%", re.ASCII):
-        raise ValueError(f"{text!r} has no unit; did you mean {text}%?")
-    match = re.fullmatch(_PERCENT, text, re.ASCII)
-    if match is None:
-        raise ValueError(f"{text!r} is not a percentage; write 0% to 100%, as in 10%")
-    return float(Decimal(match[1]) / 100)
-
-
-def show_percent(fraction: float) -> str:
-    """The text that parses to `fraction` again."""
-    return f"{(Decimal(repr(fraction)) * 100).normalize():f}%"
 
 
 def parse_boolean(text: str) -> bool:
@@ -258,16 +185,16 @@ DURATION = Kind(
     "duration",
     parse_duration,
     show_duration,
-    {"anyOf": [{"type": "string", "pattern": f"^{_DURATION}$"}, {"const": 0}]},
+    {"anyOf": [{"type": "string", "pattern": f"^{DURATION_FORM}$"}, {"const": 0}]},
 )
 SIZE = Kind(
     "size",
     parse_size,
     show_size,
-    {"anyOf": [{"type": "string", "pattern": f"^{_SIZE}$"}, {"type": "integer", "minimum": 0}]},
+    {"anyOf": [{"type": "string", "pattern": f"^{SIZE_FORM}$"}, {"type": "integer", "minimum": 0}]},
 )
-RATE = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{_RATE}$"})
-PERCENT = Kind("percentage", parse_percent, show_percent, {"type": "string", "pattern": f"^{_PERCENT}$"})
+RATE = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{RATE_FORM}$"})
+PERCENT = Kind("percentage", parse_percent, show_percent, {"type": "string", "pattern": f"^{PERCENT_FORM}$"})
 BOOLEAN = Kind("true or false", parse_boolean, lambda value: str(value).lower(), {"type": "boolean"})
 MODE = Kind(
     "file mode",

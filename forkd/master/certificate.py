@@ -7,6 +7,9 @@ from typing import Any
 
 from forkd.master.spawn import Exit, Worker
 
+#: Characters of a line that are kept: all certificates together have to fit into one message.
+_WIDTH = 300
+
 
 def certificate(worker: Worker, ended: Exit, now: float, *, expected: bool) -> dict[str, Any]:
     """What is kept of a worker that has ended: `clients` are those that were cut, `words` its last on stderr."""
@@ -22,7 +25,7 @@ def certificate(worker: Worker, ended: Exit, now: float, *, expected: bool) -> d
         "age": round(now - worker.born, 3),
         "clients": max(0, worker.row.active),
         "peak_memory": ended.peak_memory,
-        "words": list(worker.words),
+        "words": [line[:_WIDTH] for line in worker.words],
     }
 
 

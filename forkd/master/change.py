@@ -234,13 +234,14 @@ class Changes:
         if self.current is not None and self.current.number == number:
             self.fail(str(error), error.details, logged=True)
 
-    def fail(self, reason: str, details: str = "", *, logged: bool = False) -> None:
+    def fail(self, reason: str, details: str = "", *, logged: bool = False, level: int = logging.ERROR) -> None:
         """Ends the change that is under way; the generation that serves goes on untouched.
 
         Args:
             reason: a sentence.
             details: the lines that belong below it.
             logged: whether those stand in the log already.
+            level: how bad that is.
         """
         change = self.current
         if change is None:
@@ -248,7 +249,7 @@ class Changes:
         if change.verb != DIFF:
             self._state.refusal = f"{change.verb} failed: {reason}"
         below = f"\n{details.rstrip()}" if details and not logged else ""
-        log.error("%s: failed, and nothing has changed: %s%s", change.verb, reason, below)
+        log.log(level, "%s: failed, and nothing has changed: %s%s", change.verb, reason, below)
         for bound in change.fresh.values():
             bound.remove()
         if change.candidate is not None:
@@ -265,7 +266,7 @@ class Changes:
     def give_up(self, why: str) -> None:
         """Ends what is under way and what waits: the daemon stops."""
         waiting, self._next = self._next, None
-        self.fail(why)
+        self.fail(why, level=logging.INFO)
         if waiting is not None:
             self._end(waiting, {"ok": False, "error": why})
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from forkd.errors import ForkdError
 from forkd.system.channel import Channel, ChannelClosed, peer_uid
-from forkd.system.sockets import take_path
+from forkd.system.paths import take_path
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.control")

@@ -32,7 +32,7 @@ from forkd.master.state import State
 from forkd.master.wakeup import Wakeup
 from forkd.signals import Order
 from forkd.states import Event, Life, Mode, Turn, next_mode
-from forkd.system.channel import Channel
+from forkd.system.channel import MOST_DESCRIPTORS, Channel
 from forkd.system.notify import Notifier, forget_manager
 from forkd.system.process import set_title
 from forkd.system.scoreboard import Row, Scoreboard
@@ -168,6 +168,7 @@ class Master:
             return
         log.info("%s (%s)", state.mode.value, event.value)
         if state.mode in (Mode.DRAINING, Mode.CLOSING):
+            state.succeeded = state.succeeded or state.control.displaced
             self._changes.give_up("the daemon stops")
             for bound in state.generation.bound:  # whoever comes now is refused rather than left waiting
                 bound.lent = state.succeeded  # then the path is the successor's
@@ -246,4 +247,7 @@ class Master:
         """Lends the lock and the listeners to another master, which is to succeed this one."""
         bound = self.state.generation.bound
         sockets = [sock.fileno() for one in bound for sock in one.sockets]
+        if len(sockets) >= MOST_DESCRIPTORS:
+            reply({"ok": False, "error": f"{len(sockets)} sockets are too many to hand over; stop and start it"})
+            return
         reply({"ok": True, "listeners": [one.described() for one in bound]}, [self.state.place.lock, *sockets])

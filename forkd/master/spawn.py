@@ -34,7 +34,7 @@ _SOFTWARE = os.EX_SOFTWARE  # a worker that raised
 HELPER = 0
 
 #: Lines of a child's standard error that are kept for its certificate.
-LAST_WORDS = 20
+LAST_WORDS = 40
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from forkd import drain, signals
@@ -74,10 +75,17 @@ def serve_one(settings: Settings, handler: Handler, door: Door, seat: int, on_re
         loop.run_forever()
     except SystemExit as error:
         given = _status_of(error)
+        loop.set_exception_handler(partial(_unless_is, error))
     finally:
         door.close()
         one.clean_up()
     return one.status if given is None else given
+
+
+def _unless_is(known: SystemExit, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """As the loop's own exception handler, but for an exit: that its task has failed by it is no news."""
+    if context.get("exception") is not known:
+        loop.default_exception_handler(context)
 
 
 def _status_of(error: SystemExit) -> int:

@@ -6,7 +6,8 @@ import resource
 from pathlib import Path
 
 from forkd.config.options import Rlimits
-from forkd.config.units import UNLIMITED, show_size
+from forkd.config.scales import show_size
+from forkd.config.units import UNLIMITED
 
 _NUMBERS = {
     "nofile": resource.RLIMIT_NOFILE,

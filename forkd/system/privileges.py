@@ -26,7 +26,7 @@ from forkd.system.capabilities import (
 )
 from forkd.system.identity import Identity
 from forkd.system.limits import set_limits
-from forkd.system.sockets import current_umask
+from forkd.system.paths import current_umask
 
 
 class PrivilegeError(ForkdError):

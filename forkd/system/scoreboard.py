@@ -46,10 +46,10 @@ class Row:
 
     __slots__ = ("_cells", "_taken", "index")
 
-    def __init__(self, index: int, cells: memoryview, taken: set[int]) -> None:
+    def __init__(self, index: int, cells: memoryview, taken: set[int] | None = None) -> None:
         self.index = index
         self._cells = cells
-        self._taken = taken
+        self._taken = set() if taken is None else taken  # the rows that are somebody's
 
     @classmethod
     def of_nobody(cls) -> Row:

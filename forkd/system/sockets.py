@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import socket
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from forkd.errors import AddressInUse, ForkdError
 from forkd.system.accounts import find_group, find_user
 from forkd.system.holders import holder_of
 from forkd.system.inherited import adopt_listeners, send_at_once
+from forkd.system.paths import current_umask, inode_of, is_free, take_path
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class BoundListener:
         self.close()
         if self.inode is not None and not self.lent:
             with contextlib.suppress(FileNotFoundError):
-                if _inode(self.address.path) == self.inode:
+                if inode_of(self.address.path) == self.inode:
                     Path(self.address.path).unlink()
 
 
@@ -157,7 +157,7 @@ def probe_listener(listener: Listener) -> None:
         why = "can't write to" if directory.is_dir() else "there is no"
         raise ForkdError(f"can't listen on {address}: {why} directory {directory}")
     _owner(listener)
-    if not _is_free(address.path):
+    if not is_free(address.path):
         raise _in_use(address)
 
 
@@ -208,7 +208,7 @@ def _bind_unix(listener: Listener) -> BoundListener:
             inode = None
         else:
             take_path(sock, address.path, _mode(listener))
-            inode = _inode(address.path)
+            inode = inode_of(address.path)
             undo.callback(Path(address.path).unlink)
             _give(listener, inode)
         _listen(sock, listener)
@@ -239,61 +239,9 @@ def _give(listener: Listener, inode: tuple[int, int]) -> None:
         os.close(handle)
 
 
-def take_path(sock: socket.socket, path: str, mode: int) -> None:
-    """Binds a unix socket to a path with these permissions, never for a moment with wider ones.
-
-    A socket file whose owner is dead is replaced; one that somebody listens on is not.
-
-    Raises:
-        OSError: EADDRINUSE for a live owner or a file that is no socket, else as bind(2).
-    """
-    if not _is_free(path):
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    # By the umask, for by now a path may lead elsewhere: unix(7) makes the file with all permissions that it leaves.
-    before = os.umask(0o777 & ~mode)
-    try:
-        sock.bind(path)
-    finally:
-        os.umask(before)
-
-
-def _is_free(path: str) -> bool:
-    """Whether there is nothing, or a socket file whose owner is dead."""
-    try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode) and not _somebody_listens(path)
-    except FileNotFoundError:
-        return True
-
-
-def current_umask() -> int:
-    """The umask; the kernel tells it only to who sets it (umask(2))."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _somebody_listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:  # EAGAIN: its backlog is full; EACCES, EPROTOTYPE: not ours to judge
-            return True
-        return True
-
-
 def _listen(sock: socket.socket, listener: Listener) -> None:
     sock.setblocking(False)
     sock.listen(listener.backlog)
-
-
-def _inode(path: str) -> tuple[int, int]:
-    found = os.lstat(path)
-    return found.st_dev, found.st_ino
 
 
 def _owner(listener: Listener) -> tuple[int, int]:
