@@ -118,7 +118,7 @@ STALLS = [
      NOW + 91.0),
     ("who drains may stand still by its own", pool(DRAINING, 1, [beating(9.0, Life.DRAINING, 9.0, stall_timeout=20.0)],
      stall_timeout=STALL), [], NOW + 11.0),
-    ("who drains may do so for ever by its own", pool(DRAINING, 1, [beating(9.0, Life.DRAINING, 9.0, stall_timeout=0.0)],
+    ("who drains may do so for ever", pool(DRAINING, 1, [beating(9.0, Life.DRAINING, 9.0, stall_timeout=0.0)],
      stall_timeout=STALL), [], NOW + DRAIN + GRACE - 9.0),
     ("its drain deadline comes first", pool(DRAINING, 1, [beating(0.0, Life.DRAINING, 31.0)], stall_timeout=STALL), [],
      NOW + 1.0),
