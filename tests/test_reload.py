@@ -125,6 +125,39 @@ def test_the_log_goes_where_the_new_settings_say(harness: Harness, tmp_path: Pat
         assert not any(str(before) in one for one in descriptors(pid))
 
 
+def test_a_log_that_went_to_the_terminal_can_go_back_there(harness: Harness, tmp_path: Path) -> None:
+    site = Changing(harness, log={"level": "info"})
+    daemon = site.daemon
+    daemon.log = daemon.terminal
+    daemon.run()
+    site.write(log={"to": str(tmp_path / "file")})
+    assert daemon.command("reload").returncode == 0
+    assert "generation 2 serves" in (tmp_path / "file").read_text()
+    site.write(log={"level": "info"})
+    assert daemon.command("reload").returncode == 0
+    daemon.wait_log("generation 3 serves")
+    assert not any("generation 2 serves" in record for record in daemon.records())
+
+
+def test_old_workers_drain_for_as_long_as_they_were_made_to(harness: Harness) -> None:
+    site = Changing(harness, workers=1)
+    daemon = site.daemon.start()
+    daemon.expect("did not end by its drain deadline; these are its stacks", "kills worker 1", "killed by SIGKILL")
+    (client, _), first = site.greet(), daemon.workers()[1]
+    site.write(drain_timeout="100ms")
+    assert daemon.command("reload").returncode == 0
+    second = daemon.workers()[1]
+    assert daemon.command("upgrade").returncode == 0  # by which the state of the first goes to another image
+    os.kill(daemon.workers()[1], signal.SIGSTOP)
+    assert daemon.command("reload").returncode == 0
+    wait_end(second)
+    daemon.wait_log(
+        r"kills worker 1 .* did not end by its drain deadline"
+    )  # the third, which is younger than the first
+    assert echoes(client)
+    assert daemon.workers("draining") == {1: first}
+
+
 # While something else is under way
 
 

@@ -34,6 +34,7 @@ class Stand:
     succeeded: bool = False
     displaced: bool = False
     is_settled: bool = False
+    drain_timeout: float = 30.0
     generation: Generation = field(default_factory=lambda: Generation(1, Settings(listen=()), [], -1))
 
     def settled(self) -> bool:

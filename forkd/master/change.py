@@ -221,6 +221,10 @@ class Changes:
                 update_listener(bound)
             except (OSError, ForkdError) as error:
                 log.warning("%s can't follow its new settings: %s", bound.address, error)
+        for worker in self._crew.workers.values():  # they go on by the settings that they were made from
+            if worker.generation == before.number:
+                worker.drain_timeout = before.settings.drain_timeout
+                worker.stall_timeout = before.settings.stall_timeout
         self._logbook.turn_over(before, candidate)
         self._crew.slots.pop(before.number, None)
         state.generation = candidate

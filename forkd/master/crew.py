@@ -84,7 +84,16 @@ class Crew:
         """The workers as the plan sees them. A heartbeat from the future is of now."""
         return tuple(
             WorkerView(
-                w.pid, w.slot, w.life, w.since, w.generation, min(now, w.row[Field.HEARTBEAT] / 1e9), w.dumped, w.worn
+                w.pid,
+                w.slot,
+                w.life,
+                w.since,
+                w.generation,
+                min(now, w.row[Field.HEARTBEAT] / 1e9),
+                w.dumped,
+                w.worn,
+                w.drain_timeout,
+                w.stall_timeout,
             )
             for w in self.workers.values()
         )

@@ -61,7 +61,7 @@ class Herald:
         if mode is Mode.RUNNING:
             return ["READY=1"]
         if mode is Mode.DRAINING:
-            return ["STOPPING=1", _extend(settings.drain_timeout + 2 * (GRACE + STACKS))]
+            return ["STOPPING=1", _extend(self._state.drain_timeout + 2 * (GRACE + STACKS))]
         return ["STOPPING=1"] if mode is Mode.CLOSING else []
 
     def _new_change(self, change: str) -> list[str]:

@@ -168,7 +168,10 @@ def _broken(error: Exception) -> ForkdError:
     return ForkdError(f"what was handed over is not whole: {type(error).__name__}: {error}")
 
 
-_SAME = ("pid", "slot", "generation", "stderr", "since", "born", "ready_at", "heard", "worn", "cause", "unfinished")
+_SAME = (
+    "pid", "slot", "generation", "stderr", "since", "born", "ready_at", "heard", "worn", "cause", "unfinished",
+    "drain_timeout", "stall_timeout",
+)  # fmt: skip
 
 
 def _worker_plain(worker: Worker) -> dict[str, Any]:

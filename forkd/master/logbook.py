@@ -55,7 +55,8 @@ class Logbook:
     def turn_over(self, before: Generation, after: Generation) -> None:
         """Has the master log as the new generation does."""
         if after.log != before.log:
-            replace_log(after.log)
+            # A log that went to standard error leaves it where it was: a later reload may want it back.
+            replace_log(after.log, output=self._target(before.settings) is not None)
             after.log = before.log
         settings = after.settings
         start_logging(settings.name, settings.log.level, settings.log.form, after.log)

@@ -36,6 +36,8 @@ class WorkerView:
         beat: when its loop last said that it turns.
         dumped: when it was last told to write its stacks.
         worn: why it should be replaced; empty when it should not.
+        drain_timeout: what it was promised, where that is another than the pool's; None: the pool's.
+        stall_timeout: likewise.
     """
 
     pid: int
@@ -46,6 +48,8 @@ class WorkerView:
     beat: float = -inf
     dumped: float = -inf
     worn: str = ""
+    drain_timeout: float | None = None
+    stall_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +198,11 @@ def _limits(worker: WorkerView, pool: Pool) -> list[tuple[float, str]]:
         limits.append((since + timeout, "it was not ready by its boot_timeout"))
     elif worker.life is Life.CLOSING:
         limits.append((since + GRACE, "it did not close when told to"))
-    elif pool.stall_timeout:
-        limits.append((max(since, worker.beat) + pool.stall_timeout, "its loop stood still for stall_timeout"))
+    elif stall_timeout := pool.stall_timeout if worker.stall_timeout is None else worker.stall_timeout:
+        limits.append((max(since, worker.beat) + stall_timeout, "its loop stood still for stall_timeout"))
     if worker.life is Life.DRAINING:
-        limits.append((since + pool.drain_timeout + GRACE, "it did not end by its drain deadline"))
+        drain_timeout = pool.drain_timeout if worker.drain_timeout is None else worker.drain_timeout
+        limits.append((since + drain_timeout + GRACE, "it did not end by its drain deadline"))
     return limits
 
 

@@ -96,8 +96,7 @@ class Requests:
         master = self._master
         master.state.succeeded = succeeded
         master.order(Order.QUIT if now else Order.STOP, "forkd restart" if succeeded else "forkd stop")
-        drain_timeout = master.state.generation.settings.drain_timeout
-        reply({"ok": True, "within": drain_timeout + 2 * (GRACE + STACKS)})
+        reply({"ok": True, "within": master.state.drain_timeout + 2 * (GRACE + STACKS)})
         self._waiting.append((reply, lambda: {"ok": True} if master.state.mode is Mode.OVER else None))
 
     def _hand_over(self, reply: Reply) -> None:

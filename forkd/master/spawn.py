@@ -56,6 +56,8 @@ class Worker:
     dumped: float = -inf  # when it was last told to write its stacks
     strange: int = 0  # messages of it that nobody understands
     worn: str = ""  # why it says that it should be replaced
+    drain_timeout: float | None = None  # of its own settings, where others serve by now
+    stall_timeout: float | None = None  # likewise
     cause: str = ""  # why it was told to end or was killed, or what it said when it could not boot
     failure: BootError | None = None  # the latter, with its traceback
     unfinished: str = ""  # the beginning of a line that it has not ended yet

@@ -61,6 +61,12 @@ class State:
         """By pid, helpers too."""
         return self.crew.workers
 
+    @property
+    def drain_timeout(self) -> float:
+        """Seconds after which, once told to drain, no worker has a client: the longest of all generations here."""
+        own = (worker.drain_timeout or 0.0 for worker in self.workers.values())
+        return max(self.generation.settings.drain_timeout, *own, 0.0)
+
     def settled(self) -> bool:
         """Whether there are just the workers that are wanted, and all serve."""
         return self.crew.serves(self.generation.number, self.wanted)

@@ -200,12 +200,16 @@ def start_logging(daemon: str, level: str, form: str, descriptor: int) -> None:
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
 
 
-def replace_log(descriptor: int) -> None:
-    """Sends every record to what this descriptor leads to, from now on, under the number that the log had; so do
-    standard output and error where they led to the log. Takes the descriptor over.
+def replace_log(descriptor: int, *, output: bool = True) -> None:
+    """Sends every record to what this descriptor leads to, from now on, under the number that the log had. Takes the
+    descriptor over.
+
+    Args:
+        descriptor: by `open_log`, or a copy of standard error's.
+        output: whether standard output and error go with the log, where they led to it.
     """
     log = _Process.descriptor
-    for number in (1, 2, log):
+    for number in (1, 2, log) if output else (log,):
         if same_file(number, log):  # the log's own is the last that is looked at
             os.dup2(descriptor, number, inheritable=number < 3)
     os.close(descriptor)
