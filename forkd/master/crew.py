@@ -25,7 +25,6 @@ from forkd.master.spawn import HELPER, ChildMain, Exit, Spawner, Worker
 from forkd.states import Life, Turn, next_life
 from forkd.system.channel import ChannelClosed, GarbledChannel
 from forkd.system.oom import oom_kills
-from forkd.system.scoreboard import Field
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
@@ -81,22 +80,8 @@ class Crew:
         self._oom_kills = oom_kills()
 
     def views(self, now: float) -> tuple[WorkerView, ...]:
-        """The workers as the plan sees them. A heartbeat from the future is of now."""
-        return tuple(
-            WorkerView(
-                w.pid,
-                w.slot,
-                w.life,
-                w.since,
-                w.generation,
-                min(now, w.row[Field.HEARTBEAT] / 1e9),
-                w.dumped,
-                w.worn,
-                w.drain_timeout,
-                w.stall_timeout,
-            )
-            for w in self.workers.values()
-        )
+        """The workers as the plan sees them."""
+        return tuple(worker.view(now) for worker in self.workers.values())
 
     def serves(self, generation: int, wanted: int) -> bool:
         """Whether a generation has just the workers that are wanted, and all serve."""

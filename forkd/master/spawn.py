@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from forkd import signals
 from forkd.errors import BootError
+from forkd.master.plan import WorkerView
 from forkd.states import Life
 from forkd.system.channel import Channel, channel_pair
 from forkd.system.logs import same_file
@@ -67,6 +68,22 @@ class Worker:
     def name(self) -> str:
         """What the log calls it."""
         return f"worker {self.slot}" if self.slot != HELPER else "helper"
+
+    def view(self, now: float) -> WorkerView:
+        """It as the plan sees it. A heartbeat from the future is of now."""
+        beat = min(now, self.row[Field.HEARTBEAT] / 1e9)
+        return WorkerView(
+            self.pid,
+            self.slot,
+            self.life,
+            self.since,
+            self.generation,
+            beat,
+            self.dumped,
+            self.worn,
+            self.drain_timeout,
+            self.stall_timeout,
+        )
 
 
 @dataclass(frozen=True, slots=True)
