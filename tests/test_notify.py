@@ -3,71 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from clients import read
-from harness import Daemon, Harness
-from processes import PATIENCE, eventually, wait_end
-
-
-class Manager:
-    """Hears what is told, datagram by datagram."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.sock.bind(path.replace("@", "\0", 1))
-        self.sock.settimeout(PATIENCE)
-        self.heard: list[dict[str, str]] = []
-        self.pids: list[int] = []
-
-    def hear(self) -> dict[str, str]:
-        """The next datagram's assignments."""
-        data, ancillary, _, _ = self.sock.recvmsg(65536, 1024)
-        self.pids += [
-            int.from_bytes(body[:4], "little") for _, kind, body in ancillary if kind == socket.SCM_CREDENTIALS
-        ]
-        found = dict(line.split("=", 1) for line in data.decode().split("\n"))
-        self.heard.append(found)
-        return found
-
-    def until(self, key: str, pattern: str = "") -> dict[str, str]:
-        """Hears on until a datagram assigns this, and that."""
-        while not (key in (found := self.hear()) and re.search(pattern, found[key])):
-            pass
-        return found
-
-    def said(self, key: str) -> int:
-        """How often something was assigned."""
-        return sum(key in one for one in self.heard)
+from harness import Harness
+from manager import Manager, under
+from processes import eventually, wait_end
 
 
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
     made = Manager(str(tmp_path / "notify") if request.param == "path" else f"@forkd-test-{os.getpid()}")
     yield made
-    made.sock.close()
+    made.close()
 
 
 def sockets(pid: int) -> set[str]:
     """The sockets that a process has open."""
     links = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
     return {link for link in links if link.startswith("socket:")}
-
-
-def under(manager: Manager, harness: Harness, *, watchdog: float = 0.0, **more: object) -> Daemon:
-    """A daemon that this manager has started, which wants to hear of it so often (in seconds)."""
-    environment = {"NOTIFY_SOCKET": manager.path}
-    if watchdog:
-        environment["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
-    return harness.daemon(environment=environment, **more)
 
 
 def test_it_says_ready_when_every_worker_is_and_stopping_when_it_stops(

@@ -30,6 +30,7 @@ from forkd.system.pidfile import RunDirectory, make_private_directory
 from forkd.system.process import close_all_but
 from forkd.system.scoreboard import Row, Scoreboard
 from forkd.system.sockets import BoundListener, bind_all
+from forkd.system.store import bind_stored
 
 log = logging.getLogger("forkd")
 
@@ -116,7 +117,7 @@ def holding(settings: Settings, legacy: Legacy | None = None) -> Iterator[Held]:
     else:
         run.pid_file.adopt(legacy.lock, lent=True)
     try:
-        bound = bind_all(settings.listen, legacy.bound if legacy is not None else ())
+        bound = bind_stored(settings.listen) if legacy is None else bind_all(settings.listen, legacy.bound)
         try:
             yield Held(run, bound, legacy)
         finally:

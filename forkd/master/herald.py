@@ -1,4 +1,5 @@
-"""Tells the service manager what the daemon is about: ready, reloading, stopping, a status line, and that it lives.
+"""Tells the service manager what the daemon is about: ready, reloading, stopping, a status line, and that it lives; and
+gives it copies of the listeners, for the master that comes after one that was killed.
 
 Called at each turn of the master's loop, so what it says is of the loop that does the work; the watchdog hears of it
 only while workers serve.
@@ -6,12 +7,16 @@ only while workers serve.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from forkd.master.change import RELOAD, UPGRADE
+from forkd.master.generation import Generation
 from forkd.master.plan import GRACE, STACKS
 from forkd.master.report import status_line
 from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.notify import monotonic_usec, usec
+from forkd.system.store import name_of, stored_names
 
 
 class Herald:
@@ -29,6 +34,8 @@ class Herald:
         self._mode = Mode.RUNNING if resumed else None
         self._status = ""
         self._next_ping = 0.0
+        self._stored: Set[str] = stored_names()  # the listeners that it keeps
+        self._stored_for: Generation | None = None
 
     def tell(self, now: float, change: str) -> float | None:
         """Tells what is new.
@@ -42,6 +49,7 @@ class Herald:
         """
         if not self._notifier.listened_to:
             return None
+        self._store()
         lines = self._new_mode() + self._new_change(change)
         if (status := status_line(self._state, change)) != self._status:
             self._status = status
@@ -50,6 +58,23 @@ class Herald:
         if lines:
             self._notifier.send(*lines)
         return deadline
+
+    def _store(self) -> None:
+        """Has it keep the listeners of the generation that serves. It is done before it hears that all is ready: from
+        then on nothing is to be lost. Another image sends them once more, which changes nothing.
+        """
+        generation = self._state.generation
+        if self._state.mode is not Mode.RUNNING or generation is self._stored_for:
+            return
+        self._stored_for = generation
+        wanted = {name: bound for bound in generation.bound if (name := name_of(bound))}
+        # In this order: it does not take a socket that it has by another name.
+        for name in sorted(self._stored - wanted.keys()):
+            self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")
+        for name in sorted(wanted.keys() - self._stored):
+            sockets = [sock.fileno() for sock in wanted[name].sockets]
+            self._notifier.send("FDSTORE=1", f"FDNAME={name}", descriptors=sockets)
+        self._stored = wanted.keys()
 
     def _new_mode(self) -> list[str]:
         mode, settings = self._state.mode, self._state.generation.settings

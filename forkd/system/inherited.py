@@ -20,6 +20,9 @@ from forkd.errors import ForkdError
 from forkd.system.logs import same_file
 
 _FIRST = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
+#: How the names begin that the sockets have which systemd has kept for us (`store`); no `fd:` address has a space.
+STORED = "forkd "
+
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 # The process that was started, of which LISTEN_PID speaks: a daemon looks for its sockets when it has forked.
@@ -45,22 +48,34 @@ class _Process:
     """What this process was started with."""
 
     names: ClassVar[dict[int, str] | None] = None  # of systemd's descriptors; None until it is asked for
+    stored: ClassVar[dict[int, str]] = {}  # those of them that it has only kept
     taken: ClassVar[set[int]] = set()
 
 
 def systemd_sockets() -> dict[int, str]:
-    """The descriptors that systemd handed over, with their names.
+    """The descriptors that systemd handed over, with their names, but for those that it has only kept.
 
     Raises:
         ForkdError: what the environment says of them can't be.
     """
     if _Process.names is None:
         said = {name: os.environ.pop(name, "") for name in _VARIABLES}
-        _Process.names = _named(said) if said["LISTEN_PID"] == str(_STARTED) else {}
-        for descriptor in _Process.names:
+        named = _named(said) if said["LISTEN_PID"] == str(_STARTED) else {}
+        for descriptor in named:
             with contextlib.suppress(OSError):  # it is closed, which is told to who asks for it
                 os.set_inheritable(descriptor, False)
+        _Process.stored = {number: name for number, name in named.items() if name.startswith(STORED)}
+        _Process.names = {number: name for number, name in named.items() if number not in _Process.stored}
+        _Process.taken |= _Process.stored.keys()
     return _Process.names
+
+
+def stored_sockets() -> dict[int, str]:
+    """The descriptors that systemd has kept for us, with their names; `store` owns them. Raises as
+    `systemd_sockets`.
+    """
+    systemd_sockets()
+    return _Process.stored
 
 
 def _named(said: dict[str, str]) -> dict[int, str]:

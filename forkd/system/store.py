@@ -1,0 +1,98 @@
+"""Listeners that the service manager keeps for the next master: systemd's file descriptor store (sd_notify(3)).
+
+A master that was killed has no say any more; what it has given to the manager before comes back to the one that is
+started in its place, with ports, backlogs and whoever waits in them. The manager knows nothing of a descriptor but a
+name, so that says all there is to know: where the listener should listen, and where it really does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import string
+from collections.abc import Sequence
+from urllib.parse import quote, unquote
+
+from forkd.config.address import Address, parse_address
+from forkd.config.options import Listener
+from forkd.errors import ForkdError
+from forkd.system.inherited import STORED, stored_sockets
+from forkd.system.sockets import BoundListener, bind_all, update_listener
+
+_LONGEST = 255  # of a name, sd_notify(3)
+_PLAIN = "".join({*string.punctuation} - {":", "%"})  # a name is of printable ASCII, and has no colon
+
+
+def name_of(bound: BoundListener) -> str:
+    """The name that a listener is kept by; empty for one that can't be kept, or is kept by the manager anyway."""
+    wanted = bound.listener.address
+    if wanted.scheme == "fd":
+        return ""
+    real = bound.address.port if bound.inode is None else "-".join(map(str, bound.inode))
+    name = f"{STORED}{quote(str(wanted), safe=_PLAIN)} {real}"
+    return name if len(name) <= _LONGEST else ""
+
+
+def stored_names() -> frozenset[str]:
+    """The names of what the manager had kept for this process."""
+    return frozenset(stored_sockets().values())
+
+
+def bind_stored(listeners: Sequence[Listener]) -> list[BoundListener]:
+    """Binds every listener that the manager has not kept, and takes back those that it has; what it has kept and nobody
+    wants is closed. Raises as `bind_all`.
+    """
+    kept = _take_stored()
+    bound = bind_all(listeners, kept)
+    used = {sock for one in bound for sock in one.sockets}
+    for one in kept:
+        if not used & {*one.sockets}:
+            one.remove()
+        else:
+            _follow(next(found for found in bound if found.sockets is one.sockets))
+    return bound
+
+
+def _follow(bound: BoundListener) -> None:
+    """The settings may be others than those of the master that has died."""
+    try:
+        update_listener(bound)
+    except OSError as error:
+        raise ForkdError(f"can't listen on {bound.address}: {error.strerror}") from None
+
+
+def _take_stored() -> list[BoundListener]:
+    by_name: dict[str, list[int]] = {}
+    for descriptor, name in stored_sockets().items():
+        by_name.setdefault(name, []).append(descriptor)
+    found = []
+    for name, descriptors in by_name.items():
+        try:
+            found.append(_take(name, descriptors))
+        except (ValueError, OSError):  # by another version, or its path is somebody else's now
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+    return found
+
+
+def _take(name: str, descriptors: list[int]) -> BoundListener:
+    """One of them. Raises ValueError or OSError for one that is of no use any more."""
+    text, real = name.removeprefix(STORED).split(" ")
+    address, inode = parse_address(unquote(text)), None
+    if address.scheme == "tcp":
+        address = Address("tcp", host=address.host, port=int(real))
+    elif not address.abstract:
+        there = os.lstat(address.path)
+        inode = there.st_dev, there.st_ino
+        if real != f"{there.st_dev}-{there.st_ino}":
+            raise ValueError(f"{address.path} is not the one that was made")
+    for descriptor in descriptors:
+        os.fstat(descriptor)
+    described = {"wanted": unquote(text), "address": str(address), "sockets": len(descriptors), "inode": inode}
+    bound = BoundListener.taken(
+        described, Listener(address=parse_address(unquote(text)), handler=""), list(descriptors)
+    )
+    for sock in bound.sockets:
+        sock.setblocking(False)
+    return bound
