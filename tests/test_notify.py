@@ -123,3 +123,12 @@ def test_a_manager_that_does_not_read_holds_nobody_up(harness: Harness, manager:
     daemon.signal(signal.SIGTERM)
     wait_end(worker)
     eventually(lambda: daemon.process is not None and daemon.process.poll() is not None, what="its end")
+
+
+def test_a_restart_is_the_managers_business_and_refused(harness: Harness, manager: Manager) -> None:
+    daemon = under(manager, harness, workers=1).run()
+    master, workers = daemon.pid, daemon.workers()
+    refused = daemon.command("restart")
+    assert refused.returncode == 1
+    assert "a service manager runs it; use `systemctl restart`" in refused.stderr
+    assert (daemon.pid, daemon.workers()) == (master, workers)

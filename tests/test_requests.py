@@ -21,6 +21,7 @@ from forkd.master.requests import Requests
 from forkd.master.state import State
 from forkd.signals import Order
 from forkd.states import Mode
+from forkd.system.notify import Notifier
 from forkd.wire import Message
 
 
@@ -49,6 +50,7 @@ class Master:
     """A master that does nothing but note what it is asked."""
 
     def __init__(self) -> None:
+        self.notifier = Notifier({})
         self.stand = Stand()
         self.state = cast(State, self.stand)
         self.told: list[object] = []

@@ -105,6 +105,9 @@ class Requests:
             reply({"ok": False, "error": f"the daemon is {mode.value}"})
         elif change or self.succession:
             reply({"ok": False, "error": f"another change is under way: {change or 'restart'}"})
+        elif self._master.state.notifier.listened_to:
+            # It would see this process end, and take the daemon for stopped.
+            reply({"ok": False, "error": "a service manager runs it; use `systemctl restart`, or an upgrade"})
         else:
             self._heir = reply
             self._master.hand_over(reply)
