@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from board import target
 from clients import read
 from harness import Harness
 from manager import Manager, under
@@ -24,7 +25,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
 
 def sockets(pid: int) -> set[str]:
     """The sockets that a process has open."""
-    links = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    links = {target(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
     return {link for link in links if link.startswith("socket:")}
 
 

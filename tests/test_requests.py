@@ -35,6 +35,7 @@ class Stand:
     succeeded: bool = False
     displaced: bool = False
     is_settled: bool = False
+    notifier: Notifier = field(default_factory=lambda: Notifier({}))
     drain_timeout: float = 30.0
     generation: Generation = field(default_factory=lambda: Generation(1, Settings(listen=()), [], -1))
 
@@ -50,7 +51,6 @@ class Master:
     """A master that does nothing but note what it is asked."""
 
     def __init__(self) -> None:
-        self.notifier = Notifier({})
         self.stand = Stand()
         self.state = cast(State, self.stand)
         self.told: list[object] = []
