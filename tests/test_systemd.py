@@ -52,10 +52,10 @@ class Service:
         self.address = address or f"tcp://127.0.0.1:{next(PORTS)}"
         self.settings(workers=1)
 
-    def settings(self, *, workers: int, handler: str = "forkd.builtin:Echo") -> None:
+    def settings(self, *, workers: int, handler: str = "forkd.builtin:Echo", log: str = "stderr") -> None:
         """Writes its file."""
         listen = f"listen: [{{address: '{self.address}', handler: '{handler}'}}]"
-        self.machine.write(f"forkd/{self.name}.yaml", f"workers: {workers}\n{listen}\n")
+        self.machine.write(f"forkd/{self.name}.yaml", f"workers: {workers}\nlog: {{to: {log}}}\n{listen}\n")
 
     def start(self) -> Service:
         self.machine.do("systemctl", "enable", "--now", self.unit)
@@ -125,6 +125,18 @@ def test_a_reload_returns_when_the_new_settings_serve_and_fails_where_they_can_n
     assert service.main == main
     assert echoes(client)
     assert echoes(service.dial(clients))
+
+
+def test_the_journal_has_levels(machine: Machine) -> None:
+    service = Service(machine, "logged")
+    service.settings(workers=1, log="journal")
+    service.start()
+    service.settings(workers=1, log="journal", handler="forkd.builtin:Missing")
+    assert machine.run("systemctl", "reload", service.unit).returncode != 0
+    found = machine.do("journalctl", "--output=cat", "--priority=err", "--identifier=logged")
+    assert "reload: failed, and nothing has changed" in found
+    assert "listens on" not in found
+    assert "listens on" in machine.journal(service.unit)
 
 
 def test_an_upgrade_keeps_the_main_process_and_its_clients(machine: Machine, clients: contextlib.ExitStack) -> None:
