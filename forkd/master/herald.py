@@ -67,7 +67,7 @@ class Herald:
         if self._state.mode is not Mode.RUNNING or generation is self._stored_for:
             return
         self._stored_for = generation
-        wanted = {name: bound for bound in generation.bound if (name := name_of(bound))}
+        wanted = {name: bound for place, bound in enumerate(generation.bound) if (name := name_of(bound, place))}
         # In this order: it does not take a socket that it has by another name.
         for name in sorted(self._stored - wanted.keys()):
             self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")

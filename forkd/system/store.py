@@ -2,7 +2,7 @@
 
 A master that was killed has no say any more; what it has given to the manager before comes back to the one that is
 started in its place, with ports, backlogs and whoever waits in them. The manager knows nothing of a descriptor but a
-name, so that says all there is to know: where the listener should listen, and where it really does.
+name, so that says all there is to know: where the listener should listen, where it really does, and as which one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ _LONGEST = 255  # of a name, sd_notify(3)
 _PLAIN = "".join({*string.punctuation} - {":", "%"})  # a name is of printable ASCII, and has no colon
 
 
-def name_of(bound: BoundListener) -> str:
-    """The name that a listener is kept by; empty for one that can't be kept, or is kept by the manager anyway."""
+def name_of(bound: BoundListener, position: int) -> str:
+    """The name that a listener is kept by; empty for one that can't be kept, or is kept by the manager anyway.
+
+    Args:
+        bound: the listener.
+        position: its place in the settings: two that may have any port are told apart by it.
+    """
     wanted = bound.listener.address
     if wanted.scheme == "fd":
         return ""
     real = bound.address.port if bound.inode is None else "-".join(map(str, bound.inode))
-    name = f"{STORED}{quote(str(wanted), safe=_PLAIN)} {real}"
+    name = f"{STORED}{quote(str(wanted), safe=_PLAIN)} {real} {position}"
     return name if len(name) <= _LONGEST else ""
 
 
@@ -66,7 +71,7 @@ def _take_stored() -> list[BoundListener]:
     for descriptor, name in stored_sockets().items():
         by_name.setdefault(name, []).append(descriptor)
     found = []
-    for name, descriptors in by_name.items():
+    for name, descriptors in sorted(by_name.items(), key=lambda item: _position(item[0])):
         try:
             found.append(_take(name, descriptors))
         except (ValueError, OSError):  # by another version, or its path is somebody else's now
@@ -76,9 +81,14 @@ def _take_stored() -> list[BoundListener]:
     return found
 
 
+def _position(name: str) -> int:
+    last = name.rpartition(" ")[2]
+    return int(last) if last.isdecimal() else 0
+
+
 def _take(name: str, descriptors: list[int]) -> BoundListener:
     """One of them. Raises ValueError or OSError for one that is of no use any more."""
-    text, real = name.removeprefix(STORED).split(" ")
+    text, real, _ = name.removeprefix(STORED).split(" ")
     address, inode = parse_address(unquote(text)), None
     if address.scheme == "tcp":
         address = Address("tcp", host=address.host, port=int(real))
