@@ -68,11 +68,15 @@ def needs_python_for_all() -> None:
     """For tests whose workers are another user: who must be able to read the interpreter, forkd and the handlers."""
     needs_root()
     program = "import sys, os, forkd.cli, yaml; os.listdir(sys.argv[1]); os.listdir(os.path.dirname(os.__file__))"
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(Path(__file__).with_name("handlers"))],
-        user=65534, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    if result.returncode and sys.base_prefix != "/usr":  # a version manager's, in somebody's home: the system's has it
-        pytest.skip("needs an interpreter that every user can read")
-    if result.returncode:
-        lacks(f"an interpreter and a checkout that every user can read: {result.stderr[-200:]}")
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", program, str(Path(__file__).with_name("handlers"))],
+            user=65534, group=65534, extra_groups=[], cwd="/", capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        why = result.stderr[-200:] if result.returncode else ""
+    except PermissionError as error:
+        why = str(error)
+    if why and sys.base_prefix != "/usr":  # a version manager's, in somebody's home; with the system's all of it runs
+        pytest.skip(f"needs an interpreter that every user can read: {why}")
+    if why:
+        lacks(f"an interpreter and a checkout that every user can read: {why}")

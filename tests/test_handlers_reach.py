@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from children import ChildFailed, in_child
-from needs import needs_root
+from needs import needs_python_for_all, needs_root
 
 from forkd.config.address import parse_address
 from forkd.config.options import Listener, Settings
@@ -74,6 +74,7 @@ def test_a_directory_that_may_be_entered_and_not_listed_is_in_the_way(place: Pat
 
 
 def test_a_python_path_that_the_user_cannot_read_is_refused(place: Path) -> None:
+    needs_python_for_all()
     inner = place / "closed" / "inner"
     with pytest.raises(ChildFailed) as caught:
         as_nobody(lambda: check_reach(wanting(user="nobody", python_path=(inner,))))
@@ -90,6 +91,7 @@ def test_an_interpreter_that_the_user_cannot_read_is_refused(place: Path, monkey
 
 
 def test_packages_that_the_user_cannot_read_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_python_for_all()
     monkeypatch.setattr(sys, "prefix", str(place))
     monkeypatch.setattr(sys, "path", [*sys.path, str(place / "closed" / "inner")])
     with pytest.raises(ChildFailed, match=r"can't read .*/closed, .*\(installed packages\)"):
@@ -97,6 +99,7 @@ def test_packages_that_the_user_cannot_read_are_refused(place: Path, monkeypatch
 
 
 def test_a_place_of_the_starters_own_is_no_reason_to_refuse(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_python_for_all()
     monkeypatch.setattr(sys, "path", [*sys.path, str(place / "closed")])
     assert as_nobody(lambda: check_reach(wanting(user="nobody"))) is None
 
@@ -144,6 +147,8 @@ def test_a_module_that_a_handler_cannot_import_is_explained_too(place: Path) -> 
 
 
 def test_the_log_says_why_a_late_import_fails_once(place: Path) -> None:
+    needs_python_for_all()
+
     def late() -> list[str]:
         heard: list[str] = []
         handler = logging.Handler()

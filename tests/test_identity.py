@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from children import ChildFailed, in_child
-from needs import needs_root
+from needs import needs_python_for_all, needs_root
 from test_privileges import NOBODY, status, wanting
 
 from forkd.config.options import Log
@@ -91,6 +91,7 @@ def test_who_is_not_root_may_not_ask_for_another(more: dict[str, Any], said: str
 
 
 def test_who_is_the_user_already_may_say_so_and_keeps_its_groups() -> None:
+    needs_python_for_all()
     settings = wanting(user=str(STRANGER), group=str(STRANGER))
 
     def become() -> list[Any]:
