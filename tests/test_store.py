@@ -19,7 +19,7 @@ from processes import PATIENCE, wait_end
 from forkd.config.address import parse_address
 from forkd.config.options import Listener
 from forkd.system.sockets import BoundListener
-from forkd.system.store import name_of
+from forkd.system.store import names_of
 
 ANY = "tcp://127.0.0.1:0"
 
@@ -63,13 +63,13 @@ def test_names_are_such_as_systemd_takes(harness: Harness, manager: Manager, tmp
     under(manager, harness, listen=("tcp://localhost:0", "tcp://[::1]:0", f"unix:{tmp_path}/a: %b", long)).run()
     manager.until("READY")
     assert len(manager.store) == 4
-    assert all(re.fullmatch(r"forkd [!-9;-~]+ [0-9-]+", name) for name in manager.store)
+    assert all(re.fullmatch(r"forkd [!-9;-~]+ [0-9-]+ 0", name) for name in manager.store)
     assert all(len(name) <= 255 for name in manager.store)
 
 
 def test_an_address_too_long_for_a_name_is_not_kept() -> None:
     address = parse_address(f"unix:/{'é' * 53}")
-    assert name_of(BoundListener(Listener(address=address, handler=""), address, [], (1, 2))) == ""
+    assert names_of([BoundListener(Listener(address=address, handler=""), address, [], (1, 2))]) == {}
 
 
 def test_what_a_reload_takes_away_is_not_kept_and_what_it_brings_is(harness: Harness, manager: Manager) -> None:
@@ -90,7 +90,7 @@ def test_what_a_reload_takes_away_is_not_kept_and_what_it_brings_is(harness: Har
     manager.until("RELOADING")
     manager.until("READY")
     assert not before & set(manager.store)
-    assert [name.rpartition(" ")[0] for name in sorted(manager.store)] == [
+    assert [name.rsplit(" ", 2)[0] for name in sorted(manager.store)] == [
         f"forkd {address.replace(':', '%3A')}",
         "forkd unix%3A@forkd-test-after",
     ]
@@ -145,7 +145,7 @@ def test_no_fd_address_means_what_was_only_kept(harness: Harness, manager: Manag
     with socket.create_server(("127.0.0.1", 0)) as web:
         with socket.create_server(("127.0.0.1", 0)) as old:
             manager.store = {
-                f"forkd tcp%3A//127.0.0.1%3A0 {old.getsockname()[1]}": [os.dup(old.fileno())],
+                f"forkd tcp%3A//127.0.0.1%3A0 {old.getsockname()[1]} 0": [os.dup(old.fileno())],
                 "forkd of another version": [os.dup(old.fileno())],
                 "web": [os.dup(web.fileno())],
             }

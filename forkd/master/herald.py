@@ -16,7 +16,7 @@ from forkd.master.report import status_line
 from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.notify import monotonic_usec, usec
-from forkd.system.store import name_of, stored_names
+from forkd.system.store import names_of, stored_names
 
 
 class Herald:
@@ -67,7 +67,7 @@ class Herald:
         if self._state.mode is not Mode.RUNNING or generation is self._stored_for:
             return
         self._stored_for = generation
-        wanted = {name: bound for bound in generation.bound if (name := name_of(bound))}
+        wanted = names_of(generation.bound)
         # In this order: it does not take a socket that it has by another name.
         for name in sorted(self._stored - wanted.keys()):
             self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")
