@@ -19,7 +19,7 @@ from processes import PATIENCE, wait_end
 from forkd.config.address import parse_address
 from forkd.config.options import Listener
 from forkd.system.sockets import BoundListener
-from forkd.system.store import name_of
+from forkd.system.store import names_of
 
 ANY = "tcp://127.0.0.1:0"
 
@@ -63,13 +63,13 @@ def test_names_are_such_as_systemd_takes(harness: Harness, manager: Manager, tmp
     under(manager, harness, listen=("tcp://localhost:0", "tcp://[::1]:0", f"unix:{tmp_path}/a: %b", long)).run()
     manager.until("READY")
     assert len(manager.store) == 4
-    assert all(re.fullmatch(r"forkd [!-9;-~]+ [0-9-]+ [0-9]+", name) for name in manager.store)
+    assert all(re.fullmatch(r"forkd [!-9;-~]+ [0-9-]+ 0", name) for name in manager.store)
     assert all(len(name) <= 255 for name in manager.store)
 
 
 def test_an_address_too_long_for_a_name_is_not_kept() -> None:
     address = parse_address(f"unix:/{'é' * 53}")
-    assert name_of(BoundListener(Listener(address=address, handler=""), address, [], (1, 2)), 0) == ""
+    assert names_of([BoundListener(Listener(address=address, handler=""), address, [], (1, 2))]) == {}
 
 
 def test_what_a_reload_takes_away_is_not_kept_and_what_it_brings_is(harness: Harness, manager: Manager) -> None:
@@ -90,7 +90,7 @@ def test_what_a_reload_takes_away_is_not_kept_and_what_it_brings_is(harness: Har
     manager.until("RELOADING")
     manager.until("READY")
     assert not before & set(manager.store)
-    assert [" ".join(name.split()[:2]) for name in sorted(manager.store)] == [
+    assert [name.rsplit(" ", 2)[0] for name in sorted(manager.store)] == [
         f"forkd {address.replace(':', '%3A')}",
         "forkd unix%3A@forkd-test-after",
     ]

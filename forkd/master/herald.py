@@ -16,7 +16,7 @@ from forkd.master.report import status_line
 from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.notify import monotonic_usec, usec
-from forkd.system.store import name_of, stored_names
+from forkd.system.store import names_of, stored_names
 
 
 class Herald:
@@ -67,7 +67,7 @@ class Herald:
         if self._state.mode is not Mode.RUNNING or generation is self._stored_for:
             return
         self._stored_for = generation
-        wanted = {name: bound for place, bound in enumerate(generation.bound) if (name := name_of(bound, place))}
+        wanted = names_of(generation.bound)
         # In this order: it does not take a socket that it has by another name.
         for name in sorted(self._stored - wanted.keys()):
             self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")
@@ -86,7 +86,7 @@ class Herald:
         if mode is Mode.RUNNING:
             return ["READY=1"]
         if mode is Mode.DRAINING:
-            return ["STOPPING=1", _extend(self._state.drain_timeout + 2 * (GRACE + STACKS))]
+            return ["STOPPING=1", _extend(settings.drain_timeout + 2 * (GRACE + STACKS))]
         return ["STOPPING=1"] if mode is Mode.CLOSING else []
 
     def _new_change(self, change: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 A master that was killed has no say any more; what it has given to the manager before comes back to the one that is
 started in its place, with ports, backlogs and whoever waits in them. The manager knows nothing of a descriptor but a
-name, so that says all there is to know: where the listener should listen, where it really does, and as which one.
+name, so that says all there is to know: where the listener should listen, and where it really does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import string
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from urllib.parse import quote, unquote
 
 from forkd.config.address import Address, parse_address
@@ -23,19 +25,18 @@ _LONGEST = 255  # of a name, sd_notify(3)
 _PLAIN = "".join({*string.punctuation} - {":", "%"})  # a name is of printable ASCII, and has no colon
 
 
-def name_of(bound: BoundListener, position: int) -> str:
-    """The name that a listener is kept by; empty for one that can't be kept, or is kept by the manager anyway.
-
-    Args:
-        bound: the listener.
-        position: its place in the settings: two that may have any port are told apart by it.
-    """
-    wanted = bound.listener.address
-    if wanted.scheme == "fd":
-        return ""
-    real = bound.address.port if bound.inode is None else "-".join(map(str, bound.inode))
-    name = f"{STORED}{quote(str(wanted), safe=_PLAIN)} {real} {position}"
-    return name if len(name) <= _LONGEST else ""
+def names_of(listeners: Iterable[BoundListener]) -> dict[str, BoundListener]:
+    """The names that listeners are kept by. Without one is what can't be kept, or is kept by the manager anyway."""
+    named: dict[str, BoundListener] = {}
+    alike: Counter[Address] = Counter()  # several may each want any free port
+    for bound in listeners:
+        wanted = bound.listener.address
+        real = bound.address.port if bound.inode is None else "-".join(map(str, bound.inode))
+        name = f"{STORED}{quote(str(wanted), safe=_PLAIN)} {real} {alike[wanted]}"
+        alike[wanted] += 1
+        if wanted.scheme != "fd" and len(name) <= _LONGEST:
+            named[name] = bound
+    return named
 
 
 def stored_names() -> frozenset[str]:
@@ -70,26 +71,21 @@ def _take_stored() -> list[BoundListener]:
     by_name: dict[str, list[int]] = {}
     for descriptor, name in stored_sockets().items():
         by_name.setdefault(name, []).append(descriptor)
-    found = []
-    for name, descriptors in sorted(by_name.items(), key=lambda item: _position(item[0])):
+    found = []  # in whatever order they were kept
+    for name, descriptors in by_name.items():
         try:
             found.append(_take(name, descriptors))
         except (ValueError, OSError):  # by another version, or its path is somebody else's now
             for descriptor in descriptors:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
-    return found
+    return [bound for _, bound in sorted(found, key=itemgetter(0))]
 
 
-def _position(name: str) -> int:
-    last = name.rpartition(" ")[2]
-    return int(last) if last.isdecimal() else 0
-
-
-def _take(name: str, descriptors: list[int]) -> BoundListener:
-    """One of them. Raises ValueError or OSError for one that is of no use any more."""
-    text, real, _ = name.removeprefix(STORED).split(" ")
-    address, inode = parse_address(unquote(text)), None
+def _take(name: str, descriptors: list[int]) -> tuple[int, BoundListener]:
+    """One of them, and its place among its like. Raises ValueError or OSError for one that is of no use any more."""
+    text, real, place = name.removeprefix(STORED).split(" ")
+    address, inode, order = parse_address(unquote(text)), None, int(place)
     if address.scheme == "tcp":
         address = Address("tcp", host=address.host, port=int(real))
     elif not address.abstract:
@@ -105,4 +101,4 @@ def _take(name: str, descriptors: list[int]) -> BoundListener:
     )
     for sock in bound.sockets:
         sock.setblocking(False)
-    return bound
+    return order, bound
