@@ -220,8 +220,8 @@ def test_its_socket_starts_it_for_the_first_client_and_outlives_it(
 
 def test_one_process_for_each_client(machine: Machine, clients: contextlib.ExitStack) -> None:
     Service(machine, "single")
-    for unit in UNITS.glob("forkd-once-NAME*"):
-        machine.write(f"systemd/system/{unit.name.replace('NAME', 'single')}", unit.read_text())
+    for unit in UNITS.glob("forkd-once*"):
+        machine.write(f"systemd/system/{unit.name.replace('once', 'once-single')}", unit.read_text())
     once, port = "forkd-once-single.socket", next(PORTS)
     machine.write(f"systemd/system/{once}.d/where.conf", f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{port}\n")
     machine.do("systemctl", "daemon-reload")
@@ -249,7 +249,7 @@ def test_the_units_say_nothing_that_systemd_does_not_know(tmp_path: Path) -> Non
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["forkd@.service", "forkd-once-NAME@.service"])
+@pytest.mark.parametrize("name", ["forkd@.service", "forkd-once@.service"])
 def test_the_services_are_shut_in(name: str) -> None:
     needs_program("systemd-analyze")
     result = subprocess.run(
