@@ -6,10 +6,6 @@ import pytest
 from needs import needs_program
 
 
-def test_what_is_there_is_no_reason_to_skip() -> None:
-    needs_program("sh")
-
-
 def test_what_is_not_there_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="needs the program nobody-has-this"):
