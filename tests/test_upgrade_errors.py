@@ -116,6 +116,19 @@ def test_a_file_that_breaks_after_the_dry_run_leaves_the_old_generation_to_the_n
     untouched.end("upgrade")
 
 
+def test_the_new_image_works_in_the_working_directory_though_the_file_has_broken(harness: Harness) -> None:
+    place = harness.directory / "place"
+    place.mkdir()
+    site = Changing(harness, working_directory=str(place), workers=1)
+    daemon = site.daemon.start()
+    daemon.expect("wokers: unknown setting", "reload: failed, and nothing has changed: ", "killed by SIGKILL")
+    site.code("later", f"with open({str(site.file)!r}, 'a') as file:\n    file.write('wokers: 2\\n')\n")
+    assert daemon.command("upgrade").returncode == 1
+    old = daemon.workers()[1]
+    os.kill(old, signal.SIGKILL)
+    assert os.readlink(f"/proc/{daemon.wait_workers(1, without={old})[1]}/cwd") == str(place)
+
+
 def test_an_upgrade_of_what_does_not_run_fails(harness: Harness) -> None:
     result = Changing(harness).daemon.command("upgrade")
     assert (result.returncode, result.stderr) == (1, "forkd: tested is not running\n")

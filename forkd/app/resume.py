@@ -4,9 +4,10 @@ it could.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from forkd import signals
@@ -70,20 +71,30 @@ def _go_on(heritage: Heritage, reread: Callable[[], Settings]) -> None:
     generation, place = heritage.generation, heritage.place
     settings = generation.settings
     start_logging(settings.name, settings.log.level, settings.log.form, generation.log)
-    try:
-        fresh = reread()
+    fresh = settings
+    with _surviving():
+        fresh = reread()  # before the directory is another: what the command line says is relative to this one
+    with _surviving():
         enter_directory(settings)
+    with _surviving():
         if fresh.preload:
             preload(fresh)
         generation.settings = _as_started(settings, fresh)
-    except ForkdError as error:  # it was tried, so it is the file that has changed since; the reload will say so too
-        log.error("%s", error)
     run = run_directory(settings)
     run.pid_file.adopt(place.lock, lent=False)
     try:
         Daemon(Held(run, generation.bound), place, reread).resume(heritage)
     finally:
         run.pid_file.remove()
+
+
+@contextlib.contextmanager
+def _surviving() -> Iterator[None]:
+    """For what was tried, and has changed since: the old workers serve on. The reload will say what is wrong, too."""
+    try:
+        yield
+    except ForkdError as error:
+        log.error("%s", error)
 
 
 def _as_started(present: Settings, fresh: Settings) -> Settings:
