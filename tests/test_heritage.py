@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from forkd.config.address import parse_address
 from forkd.config.options import Listener, Settings
-from forkd.errors import ForkdError
+from forkd.errors import BootError, ForkdError
 from forkd.master.backoff import Slot
 from forkd.master.generation import Generation
 from forkd.master.heritage import FORMAT, Heritage, Place, handed_settings
@@ -326,3 +326,15 @@ def test_a_listener_whose_descriptor_is_no_socket_is_refused(estate: Estate) -> 
         read(json.dumps(plain).encode())
     os.close(reader)
     os.close(writer)
+
+
+def test_what_a_worker_could_not_boot_for_is_told_by_the_next_image_too(estate: Estate) -> None:
+    estate.workers[0].failure = BootError("worker 1 could not boot: no", "Traceback: no")
+    found = read_copy(estate.heritage)
+    try:
+        first, second = (worker.failure for worker in found.workers)
+    finally:
+        close(found)
+    assert first is not None
+    assert (str(first), first.details) == ("worker 1 could not boot: no", "Traceback: no")
+    assert second is None

@@ -274,7 +274,8 @@ class Crew:
 
     def _find_cause(self, worker: Worker, ended: Exit, *, expected: bool) -> BootError:
         """Completes the cause of a death; the same as an error."""
-        if ended.code == -signal.SIGKILL and worker.killed_as is None and self._was_out_of_memory():
+        struck = self._was_out_of_memory()  # looked at with each death, so that no other one's is taken for this one's
+        if struck and ended.code == -signal.SIGKILL and worker.killed_as is None:
             worker.cause = "by the kernel, which was out of memory"
         if worker.failure is not None:
             return worker.failure

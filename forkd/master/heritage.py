@@ -16,7 +16,7 @@ from typing import Any
 from forkd import __version__
 from forkd.config.options import Settings
 from forkd.config.plain import from_plain, to_plain
-from forkd.errors import ForkdError
+from forkd.errors import BootError, ForkdError
 from forkd.master.backoff import Slot
 from forkd.master.generation import Generation
 from forkd.master.spawn import LAST_WORDS, Worker
@@ -181,6 +181,7 @@ def _worker_plain(worker: Worker) -> dict[str, Any]:
         "channel": worker.channel.fileno(),
         "life": worker.life.value,
         "killed_as": worker.killed_as and worker.killed_as.value,
+        "failure": worker.failure and [str(worker.failure), worker.failure.details],
         "words": list(worker.words),
     }
 
@@ -192,5 +193,6 @@ def _worker_of(plain: dict[str, Any], board: Scoreboard) -> Worker:
         channel=Channel.of(plain["channel"]),
         life=Life(plain["life"]),
         killed_as=None if plain["killed_as"] is None else Life(plain["killed_as"]),
+        failure=None if plain["failure"] is None else BootError(*plain["failure"]),
         words=deque(plain["words"], maxlen=LAST_WORDS),
     )
