@@ -113,6 +113,7 @@ def close(heritage: Heritage) -> None:
     for worker in heritage.workers:
         worker.channel.close()
     os.close(heritage.board.descriptor)
+    os.close(heritage.board.regions.descriptor)
 
 
 def test_all_of_it_arrives(estate: Estate) -> None:
@@ -186,7 +187,8 @@ def test_the_descriptors_that_must_stay_open_are_all_that_are_handed_over(estate
     estate.workers[1].stderr = -1
     heritage = estate.heritage
     sockets = [sock.fileno() for bound in heritage.generation.bound for sock in bound.sockets]
-    rest = [estate.workers[0].channel.fileno(), estate.workers[0].stderr, heritage.board.descriptor]
+    worker, board = estate.workers[0], heritage.board
+    rest = [worker.channel.fileno(), worker.stderr, board.descriptor, board.regions.descriptor]
     found = heritage.descriptors()
     assert sorted(found) == sorted([100, 101, 102, 103, 104, *sockets, *rest])
 

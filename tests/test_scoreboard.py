@@ -31,6 +31,7 @@ def make() -> Iterator[Callable[[int], Scoreboard]]:
     yield scoreboard
     for board in made:
         os.close(board.descriptor)
+        os.close(board.regions.descriptor)
 
 
 def claimed(board: Scoreboard, pid: int) -> Row:
@@ -137,7 +138,7 @@ def test_a_worker_that_is_confined_dies_of_writing_elsewhere(make: Callable[[int
         elif reach == "another's row":
             other[Field.HEARTBEAT] = -1
         else:
-            address = ctypes.c_void_p(board._address)
+            address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(board._map)))
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             os._exit(7 if ctypes.CDLL(None).mprotect(address, mmap.PAGESIZE * 2, protection) else 8)
         os._exit(0)

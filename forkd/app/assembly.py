@@ -187,7 +187,8 @@ class Daemon:
             board.confine(row)
             if not settings.preload:  # else a module may own some of those that are not known here
                 listeners = [sock.fileno() for bound in generation.bound for sock in bound.sockets]
-                close_all_but({0, 1, 2, generation.log, channel.fileno(), *listeners})
+                kept = {0, 1, 2, generation.log, channel.fileno(), board.regions.descriptor}
+                close_all_but(kept.union(listeners))
             return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid, generation.identity))
 
         def abandon() -> None:

@@ -27,7 +27,7 @@ from forkd.system.scoreboard import Field, Scoreboard
 from forkd.system.sockets import BoundListener
 
 #: Of what is handed over. Another number is another form, which this code does not read.
-FORMAT = 1
+FORMAT = 2
 
 #: What reading comes to where something is missing, or is not what it should be.
 _WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
@@ -73,7 +73,8 @@ class Heritage:
         """All that have to stay open."""
         sockets = [sock.fileno() for bound in self.generation.bound for sock in bound.sockets]
         children = [worker.channel.fileno() for worker in self.workers] + [worker.stderr for worker in self.workers]
-        others = [self.place.lock, self.generation.log, self.control, self.board.descriptor]
+        board = [self.board.descriptor, self.board.regions.descriptor]
+        others = [self.place.lock, self.generation.log, self.control, *board]
         return [one for one in (*others, *sockets, *children, *self.clients) if one >= 0]
 
     def write(self) -> int:
@@ -103,6 +104,7 @@ class Heritage:
             "control": self.control,
             "board": {
                 "descriptor": self.board.descriptor,
+                "regions": self.board.regions.descriptor,
                 "capacity": self.board.capacity,
                 "fields": [one.name for one in Field],
             },
@@ -127,7 +129,7 @@ class Heritage:
             BoundListener.taken(described, listener, list(described["descriptors"]))
             for described, listener in zip(plain["listeners"], settings.listen, strict=True)
         ]
-        board = Scoreboard(plain["board"]["capacity"], plain["board"]["descriptor"])
+        board = Scoreboard(*(plain["board"][key] for key in ("capacity", "descriptor", "regions")))
         return cls(
             place=Place(**plain["place"]),
             generation=Generation(plain["generation"], settings, bound, plain["log"], Identity.of(plain["identity"])),

@@ -8,11 +8,12 @@ one that its worker can write. Times are CLOCK_MONOTONIC in nanoseconds.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import mmap
 import os
 from enum import IntEnum, auto
+
+from forkd.system.memory import READ, WRITE, make_memory, map_over, read_only
+from forkd.system.regions import Regions
 
 
 class Field(IntEnum):
@@ -34,27 +35,21 @@ NOBODY = 1 << 62
 _BYTES = 8
 _WIDTH = mmap.PAGESIZE // _BYTES  # cells from one row to the next
 
-#: Nobody who has the memory can make it shorter, which would kill the master when it next looks (memfd_create(2)).
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
-
-_MAP_FIXED = 0x10  # sys/mman.h; Python has no name for it
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
 
 class Row:
     """One worker's row."""
 
-    __slots__ = ("_cells", "_taken", "index")
+    __slots__ = ("_board", "_cells", "index")
 
-    def __init__(self, index: int, cells: memoryview, taken: set[int] | None = None) -> None:
+    def __init__(self, index: int, cells: memoryview, board: Scoreboard | None = None) -> None:
         self.index = index
         self._cells = cells
-        self._taken = set() if taken is None else taken  # the rows that are somebody's
+        self._board = board
 
     @classmethod
     def of_nobody(cls) -> Row:
         """A row on no scoreboard, for a process that counts for itself alone."""
-        return cls(0, memoryview(bytearray(_WIDTH * _BYTES)).cast("q"), set())
+        return cls(0, memoryview(bytearray(_WIDTH * _BYTES)).cast("q"))
 
     def __getitem__(self, field: Field) -> int:
         value: int = self._cells[field]
@@ -78,7 +73,8 @@ class Row:
         for field in Field:
             self[field] = 0
         self[Field.LOAD] = NOBODY
-        self._taken.discard(self.index)
+        if self._board is not None:
+            self._board.release(self.index)
 
 
 class Scoreboard:
@@ -87,50 +83,41 @@ class Scoreboard:
     Args:
         capacity: rows at most; memory is taken only for those that were ever used.
         descriptor: of the memory, where it was handed through an exec; -1: make some.
+        regions: of the regions' memory, likewise.
+
+    Attributes:
+        regions: more memory for each row.
 
     Raises:
         OSError: no shared memory to be had.
     """
 
-    def __init__(self, capacity: int, descriptor: int = -1) -> None:
-        self._size = (capacity + 1) * mmap.PAGESIZE
+    def __init__(self, capacity: int, descriptor: int = -1, regions: int = -1) -> None:
+        size = (capacity + 1) * mmap.PAGESIZE
         self._taken: set[int] = set()  # rows that are somebody's, as far as this process has handed them out
         # A memfd has a descriptor that can be handed through an exec; where there are none, memory shared by fork does.
-        # An `mmap` of the memfd would keep a copy of its descriptor, so it is an anonymous one, mapped over.
-        self.descriptor = descriptor
-        self._map = mmap.mmap(-1, self._size)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        if descriptor < 0 and hasattr(os, "memfd_create"):
-            self.descriptor = os.memfd_create("forkd-scoreboard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(self.descriptor, self._size)
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        self._map = mmap.mmap(-1, size)
+        self.descriptor = descriptor if descriptor >= 0 else make_memory("forkd-scoreboard", size)
         if self.descriptor >= 0:
-            self._map_over(self.descriptor, mmap.PROT_READ | mmap.PROT_WRITE)
+            map_over(self._map, 0, self.descriptor, WRITE, 0, size)
+        self._size = size
         self._memory = memoryview(self._map).cast("q")
         self._header = self._memory[: len(Field)]
         self.capacity = capacity
-
-    def _map_over(self, descriptor: int, protection: int, page: int | None = None) -> None:
-        """Puts the memory of a descriptor, or one page of it, where this process looks for it (mmap(2), MAP_FIXED)."""
-        offset, size = (0, self._size) if page is None else (page * mmap.PAGESIZE, mmap.PAGESIZE)
-        function = ctypes.CDLL(None, use_errno=True).mmap
-        function.restype = ctypes.c_void_p
-        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        flags = mmap.MAP_SHARED | _MAP_FIXED
-        if function(self._address + offset, size, protection, flags, descriptor, offset) == _MAP_FAILED:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.regions = Regions(capacity, regions)
 
     def confine(self, row: Row) -> None:
-        """In a worker: takes away all but reading, save for its own row, and the descriptor, for good. Views of the
-        memory stay what they are; to write to another row through one ends the process. Raises OSError.
+        """In a worker: takes away all but reading, save for its own row and region, and the descriptor, for good. Views
+        of the memory stay what they are; to write to another row through one ends the process. Raises OSError.
         """
+        self.regions.confine(row.index)
         if self.descriptor < 0:
             return
-        # What was opened for reading alone can't be made writable again (mprotect(2)).
-        reader = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        reader = read_only(self.descriptor)
+        page = (row.index + 1) * mmap.PAGESIZE
         try:
-            self._map_over(reader, mmap.PROT_READ)
-            self._map_over(self.descriptor, mmap.PROT_READ | mmap.PROT_WRITE, row.index + 1)
+            map_over(self._map, 0, reader, READ, 0, self._size)
+            map_over(self._map, page, self.descriptor, WRITE, page, mmap.PAGESIZE)
         finally:
             os.close(reader)
             os.close(self.descriptor)
@@ -146,7 +133,7 @@ class Scoreboard:
         if not 0 <= index < self.capacity:
             raise IndexError(index)
         start = (index + 1) * _WIDTH
-        return Row(index, self._memory[start : start + len(Field)], self._taken)
+        return Row(index, self._memory[start : start + len(Field)], self)
 
     def rows(self) -> list[Row]:
         """The rows that have ever been handed out."""
@@ -166,6 +153,11 @@ class Scoreboard:
         self._taken.add(index)
         self._header[0] = max(self.used, index + 1)
         return row
+
+    def release(self, index: int) -> None:
+        """The row of this number is nobody's any more."""
+        self._taken.discard(index)
+        self.regions.clear(index)
 
     def adopt(self, index: int) -> Row:
         """The row of this number, which another image of this process has handed out."""
