@@ -13,6 +13,7 @@ from forkd.config.address import LONGEST_PATH, Address
 from forkd.config.agree import mistakes_of_once
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
 from forkd.config.options import Listener, Settings
+from forkd.config.scales import Rate
 from forkd.config.units import JOURNAL, MOST_WORKERS, UNLIMITED, Kind
 
 ODD = [
@@ -59,6 +60,8 @@ ADDRESSES = st.one_of(
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "whole number or auto": st.integers(1, MOST_WORKERS),
     "duration": st.floats(0, 1e15),
+    "duration or off": st.floats(0, 1e15),
+    "rate": st.builds(Rate, st.integers(1, 999_999_999), st.sampled_from([1, 60, 3600, 86400])),
     "size": st.integers(0, (1 << 63) - 1),
     "whole number or unlimited": st.just(UNLIMITED) | st.integers(64, 1 << 30),
     "size or unlimited": st.just(UNLIMITED) | st.integers(0, (1 << 63) - 1),

@@ -52,6 +52,24 @@ def scalars(plain: Any) -> list[Any]:
     return [inner for value in plain for inner in scalars(value)] if isinstance(plain, list) else [plain]
 
 
+DEFAULTS = {
+    "kind": "auto",
+    "backlog": "4096",
+    "timeouts": {"first_byte": "1m", "idle": "10m", "write": "1m", "lifetime": "off"},
+    "keepalive": {"idle": "1m", "interval": "10s", "count": "6", "user_timeout": "2m", "heartbeat": "off"},
+    "socket": {
+        "nodelay": "true",
+        "quickack": "false",
+        "busy_poll": "0s",
+        "send_buffer": "0B",
+        "receive_buffer": "0B",
+    },
+    "limits": {"connections": "0", "per_worker": "0", "per_ip": "0", "over": "wait", "write_buffer": "64MiB"},
+    "allow": [],
+    "deny": [],
+}
+
+
 @settings(deadline=None)
 @given(found=SETTINGS)
 def test_the_plain_form_is_mappings_lists_and_text_alone(found: Settings) -> None:
@@ -63,7 +81,7 @@ def test_the_plain_form_has_every_setting_as_it_would_stand_in_a_file_and_leaves
         "name": "echo",
         "mode": "pool",
         "workers": "3",
-        "listen": [{**LISTENER, "kind": "auto", "backlog": "4096", "limits": {"write_buffer": "64MiB"}}],
+        "listen": [{**LISTENER, **DEFAULTS}],
         "python_path": [],
         "preload": "false",
         "run_directory": "/run/x",
@@ -74,7 +92,7 @@ def test_the_plain_form_has_every_setting_as_it_would_stand_in_a_file_and_leaves
         "drain_timeout": "30s",
         "recycle": {"connections": "0", "age": "0s", "memory": "0B", "jitter": "10%"},
         "once": {"from": [], "adopt": "false"},
-        "log": {"level": "info", "format": "text", "to": "stderr"},
+        "log": {"level": "info", "format": "text", "to": "stderr", "access": "false"},
     }
 
 

@@ -16,6 +16,7 @@ from forkd.config.address import Address
 from forkd.config.declare import ListOf, Needs, option, section
 
 if TYPE_CHECKING:
+    from forkd.config.scales import Rate
     from forkd.config.units import Network
 
 BUILTIN_ECHO = "forkd.builtin:Echo"
@@ -23,9 +24,101 @@ DEFAULT_ADDRESS = "tcp://127.0.0.1:7007"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Deadlines of one listener's connections."""
+
+    first_byte: float = option(
+        units.DEADLINE, "Time that a client has to say something. off or 0: as long as it likes.", 60.0
+    )
+    idle: float = option(
+        units.DEADLINE,
+        "Time for which nothing has come and nothing gone, after the first byte. off or 0: never.",
+        600.0,
+    )
+    write: float = option(
+        units.DEADLINE,
+        "Time for which a client has taken nothing of what waits to be sent to it, also of what is left when its "
+        "connection is closed. off or 0: never.",
+        60.0,
+    )
+    lifetime: float = option(units.DEADLINE, "Time from a connection's beginning to its end. off or 0: any.", 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keepalive:
+    """How clients that have vanished without a word are found out."""
+
+    idle: float = option(
+        units.DEADLINE,
+        "Silence after which the kernel asks whether the client is there (tcp(7)). off or 0: never.",
+        60.0,
+    )
+    interval: float = option(units.DURATION, "Time from one such question to the next.", 10.0)
+    count: int = option(units.integer(1, 127), "Unanswered questions after which the connection is dead.", 6)
+    user_timeout: float = option(
+        units.DEADLINE,
+        "Time for which what was sent may stay unacknowledged, or the client's window shut, before the connection is "
+        "dead (TCP_USER_TIMEOUT of tcp(7)). off or 0: the kernel's own patience.",
+        120.0,
+    )
+    heartbeat: float = option(
+        units.DEADLINE,
+        "Silence after which a protocol's heartbeat() is called, for it to ask its client; after twice that the "
+        "connection is closed. off or 0: never.",
+        0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketOptions:
+    """Options of one listener's connections, as the kernel has them (tcp(7), socket(7))."""
+
+    nodelay: bool = option(units.BOOLEAN, "Send what is written at once, be it little (TCP_NODELAY).", True)
+    quickack: bool = option(
+        units.BOOLEAN, "Acknowledge at once what comes (TCP_QUICKACK), at the price of a system call a read.", False
+    )
+    busy_poll: float = option(
+        units.DURATION,
+        "Time for which a read looks for packets at the network device itself (SO_BUSY_POLL), as in 0.05ms. 0: the "
+        "system's own.",
+        0.0,
+    )
+    send_buffer: int = option(
+        units.SIZE, "Bytes that the kernel keeps for sending (SO_SNDBUF). 0: as many as it finds right.", 0
+    )
+    receive_buffer: int = option(
+        units.SIZE, "Bytes that the kernel keeps of what has come (SO_RCVBUF). 0: as many as it finds right.", 0
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one listener allows."""
 
+    connections: int = option(
+        units.integer(0, 10**9), "Connections at a time, of all workers together. 0: no limit.", 0
+    )
+    per_worker: int = option(units.integer(0, 10**9), "Connections at a time, of each worker. 0: no limit.", 0)
+    per_ip: int = option(
+        units.integer(0, 10**9),
+        "Connections at a time from one IPv4 address, or one IPv6 network of 64 bits, of all workers together; "
+        "further ones are refused. 0: no limit.",
+        0,
+    )
+    rate_per_ip: Rate | None = option(
+        units.RATE, "New connections from one such address, as in 20/s; further ones are refused. Default: any.", None
+    )
+    over: str = option(
+        units.choice("wait", "refuse"),
+        "What becomes of a client for whom there is no place by `connections` or `per_worker`: it waits in the "
+        "backlog, or is refused.",
+        "wait",
+    )
+    message: str | None = option(
+        units.TEXT,
+        "What a client that is refused is told first, with \\r, \\n, \\t and \\xHH in it. Default: nothing.",
+        None,
+    )
     write_buffer: int = option(
         units.SIZE,
         "Unsent bytes that one connection may hold when its handler writes again; a client that reads so little is cut "
@@ -57,7 +150,16 @@ class Listener:
     mode: int | None = option(units.MODE, "File mode of a unix socket's path.", None)
     owner: str | None = option(units.TEXT, "Owner of a unix socket's path, a user's name or number.", None)
     group: str | None = option(units.TEXT, "Group of a unix socket's path, a group's name or number.", None)
+    timeouts: Timeouts = section(Timeouts, "Deadlines of its connections.")
+    keepalive: Keepalive = section(Keepalive, "How clients that have vanished are found out.")
+    socket: SocketOptions = section(SocketOptions, "Options of its connections.")
     limits: Limits = section(Limits, "What this listener allows.")
+    allow: tuple[Network, ...] = option(
+        ListOf(units.NETWORK), "Networks that clients may come from; others are refused. Default: any.", []
+    )
+    deny: tuple[Network, ...] = option(
+        ListOf(units.NETWORK), "Networks whose clients are refused, also those in `allow`.", []
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +210,7 @@ class Log:
         "/var/log/forkd/NAME.log (for root) or $XDG_STATE_HOME/forkd/NAME.log where this says stderr.",
         None,
     )
+    access: bool = option(units.BOOLEAN, "A record of each connection, at its end.", False)
 
     @property
     def form(self) -> str:

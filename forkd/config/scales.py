@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_MOST = 1e15  # seconds, bytes or events a second: no number that a setting can mean is near it
+_MOST = 1e15  # seconds or bytes: no number that a setting can mean is near it
 DURATION_FORM = r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+"
 SIZE_FORM = r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?"
-RATE_FORM = r"(\d+(?:\.\d+)?)/(s|m|h|d)"
+RATE_FORM = r"([1-9]\d{0,8})/(s|m|h|d)"
 PERCENT_FORM = r"(100(?:\.0+)?|\d{1,2}(?:\.\d+)?)%"
 
 
@@ -60,22 +61,26 @@ def show_size(size: int) -> str:
     return f"{size}B"
 
 
-def parse_rate(text: str) -> float:
-    """Events per second, from `20/s`, `100/m`, `5/h` or `1/d`."""
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many events, at most, in any time that is so many seconds long."""
+
+    count: int
+    seconds: int
+
+
+def parse_rate(text: str) -> Rate:
+    """A rate, from `20/s`, `100/m`, `5/h` or `1/d`."""
     match = re.fullmatch(RATE_FORM, text, re.ASCII)
     if match is None:
-        raise ValueError(f"{text!r} is not a rate; write a number per s, m, h or d, as in 20/s")
-    return _finite(text, float(Decimal(match[1]) / _SECONDS[match[2]]))
+        raise ValueError(f"{text!r} is not a rate; write a whole number per s, m, h or d, as in 20/s")
+    return Rate(int(match[1]), int(_SECONDS[match[2]]))
 
 
-def show_rate(rate: float) -> str:
-    """The shortest text that parses to `rate` again."""
-    exact = Decimal(repr(rate))
-    for unit in ("s", "m", "h", "d"):
-        text = f"{exact * _SECONDS[unit]:.0f}/{unit}"
-        if parse_rate(text) == rate:
-            return text
-    return f"{exact:f}/s"
+def show_rate(rate: Rate) -> str:
+    """The text that parses to `rate`."""
+    unit = next(unit for unit, seconds in _SECONDS.items() if seconds == rate.seconds)
+    return f"{rate.count}/{unit}"
 
 
 def parse_percent(text: str) -> float:

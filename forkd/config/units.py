@@ -18,6 +18,7 @@ from forkd.config.scales import (
     PERCENT_FORM,
     RATE_FORM,
     SIZE_FORM,
+    Rate,
     parse_duration,
     parse_percent,
     parse_rate,
@@ -177,6 +178,20 @@ def _or_unlimited(kind: Kind[int]) -> Kind[int]:
     )
 
 
+#: The word for a deadline that there is not.
+OFF = "off"
+
+
+def _or_off(kind: Kind[float]) -> Kind[float]:
+    """`kind`, or the word off, which is read as 0."""
+    return Kind(
+        f"{kind.name} or off",
+        lambda text: 0.0 if text == OFF else kind.parse(text),
+        lambda value: kind.show(value) if value else OFF,
+        {"anyOf": [*kind.schema["anyOf"], {"enum": [OFF, False]}]},  # an editor's YAML reads off as false
+    )
+
+
 #: Workers of one daemon at most; the scoreboard has rows for as many, and for as many again that drain.
 MOST_WORKERS = 512
 
@@ -187,13 +202,14 @@ DURATION = Kind(
     show_duration,
     {"anyOf": [{"type": "string", "pattern": f"^{DURATION_FORM}$"}, {"const": 0}]},
 )
+DEADLINE = _or_off(DURATION)
 SIZE = Kind(
     "size",
     parse_size,
     show_size,
     {"anyOf": [{"type": "string", "pattern": f"^{SIZE_FORM}$"}, {"type": "integer", "minimum": 0}]},
 )
-RATE = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{RATE_FORM}$"})
+RATE: Kind[Rate] = Kind("rate", parse_rate, show_rate, {"type": "string", "pattern": f"^{RATE_FORM}$"})
 PERCENT = Kind("percentage", parse_percent, show_percent, {"type": "string", "pattern": f"^{PERCENT_FORM}$"})
 BOOLEAN = Kind("true or false", parse_boolean, lambda value: str(value).lower(), {"type": "boolean"})
 MODE = Kind(
