@@ -23,7 +23,7 @@ ROWS = [
     ["errors", "signals", "states", "wire"],
     ["config"],
     ["system"],
-    ["builtin", "drain"],
+    ["builtin", "drain", "ended"],
     ["master", "serve"],
     ["app"],
     ["cli"],

@@ -12,7 +12,7 @@ import select
 import pytest
 from contract import MUCH, Recorder, forkd_only, kits, read_exactly, read_to_end
 
-from forkd.serve.sending import WriteBufferFull
+from forkd.ended import WriteBufferFull
 
 kit = kits
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextvars import Context
 from typing import Any, Protocol
 
+from forkd.ended import WriteBufferFull
 from forkd.serve.loop import OUT, PollLoop
 
 log = logging.getLogger("forkd.transport")
@@ -37,14 +38,6 @@ def _octets(data: Buffer) -> Buffer:
     if not isinstance(data, bytes | bytearray):
         raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
     return data
-
-
-class WriteBufferFull(ConnectionAbortedError):
-    """The handler wrote again while more than the listener's `limits.write_buffer` was unsent: the client does not
-    read.
-
-    It is what `connection_lost` is called with.
-    """
 
 
 class Keeper(Protocol):
