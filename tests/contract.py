@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from forkd.ended import Ended
+from forkd.serve.deadlines import Patience
 from forkd.serve.loop import PollLoop
 from forkd.serve.transport import Transport
 
@@ -31,6 +33,9 @@ class Keeper:
     def __init__(self) -> None:
         self.write_limit = 0
         self.listener = ""
+        self.patience: Patience | None = None
+        self.access = False
+        self.reasons: list[str] = []
         self.ended = 0
         self.errors = 0
 
@@ -39,6 +44,9 @@ class Keeper:
 
     def failed(self) -> None:
         self.errors += 1
+
+    def cut(self, error: Ended) -> None:
+        self.reasons.append(error.reason)
 
 
 class Calls:

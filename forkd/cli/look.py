@@ -55,9 +55,12 @@ def _status_text(found: dict[str, Any]) -> str:
         lines.append(f"{found['change']} is under way")
     lines.append("")
     lines += _table(
-        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "ERRORS"],
+        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "ENDED", "ERRORS"],
         [
-            [w["slot"], w["pid"], w["state"], w["generation"], _age(w["age"]), w["clients"], w["accepted"], w["errors"]]
+            [
+                *(w["slot"], w["pid"], w["state"], w["generation"], _age(w["age"])),
+                *(w["clients"], w["accepted"], sum(w["ended"].values()), w["errors"]),
+            ]
             for w in found["workers"]
         ],
     )

@@ -13,6 +13,8 @@ from forkd.states import Life, Mode
 from forkd.system.logs import escaped
 from forkd.system.scoreboard import Field
 
+_ENDED = "ENDED_"  # how the fields begin that count what `forkd.ended` names
+
 
 def status(state: State, change: str) -> dict[str, Any]:
     """The state of the daemon, fit for JSON; ages are in seconds, times since the epoch.
@@ -83,5 +85,8 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "clients": max(0, row.active),
         "accepted": row[Field.ACCEPTED],
         "errors": row[Field.ERRORS],
+        "ended": {
+            field.name.removeprefix(_ENDED).lower(): row[field] for field in Field if field.name.startswith(_ENDED)
+        },
         "lag": round(row[Field.LAG] / 1e9, 6),
     }

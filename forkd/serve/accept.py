@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Any, Protocol
 
+from forkd.ended import Ended
 from forkd.serve.admission import SLACK, is_fair, least_load, next_try
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
 from forkd.system.scoreboard import NOBODY, Field, Row, Scoreboard
@@ -79,6 +80,10 @@ class Tally:
         """A handler raised."""
         self.errors += 1
         self._cells[Field.ERRORS] = self.errors
+
+    def cut(self, error: Ended) -> None:
+        """A connection is ended of forkd's own accord."""
+        self._cells[Field[f"ENDED_{error.reason.upper()}"]] += 1
 
 
 # As plain integers: an enumeration's members cost a look-up each, and these are counted with every connection.

@@ -23,12 +23,13 @@ _RESET = errno.ECONNRESET, os.strerror(errno.ECONNRESET)
 class ReceivingHalf(SendingHalf):
     """What a transport needs for receiving. Its subclass fills these fields, all in one go."""
 
-    __slots__ = ("_deliver", "_paused", "_reader", "_recv")
+    __slots__ = ("_deliver", "_ended_by_peer", "_paused", "_reader", "_recv")
 
     _deliver: Any  # data_received of the protocol in charge
     _reader: Any  # what reads for it
     _recv: Callable[[int], bytes]
     _paused: bool
+    _ended_by_peer: bool  # whether its end of file has come
 
     def close(self) -> None:
         """Stops reading, sends what is unsent, then closes."""
@@ -82,6 +83,8 @@ class ReceivingHalf(SendingHalf):
         if not count:
             self._end_of_file()
             return
+        if self._stamps is not None:
+            self._stamps.note_in(count)
         try:
             self._context.run(protocol.buffer_updated, count)
         except (SystemExit, KeyboardInterrupt):
@@ -108,6 +111,7 @@ class ReceivingHalf(SendingHalf):
         if self._error is not None:
             self._read_failed(self._error)
             return
+        self._ended_by_peer = True
         try:
             keep_open = self._context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
         except (SystemExit, KeyboardInterrupt):

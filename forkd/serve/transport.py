@@ -11,15 +11,17 @@ import asyncio
 import socket
 from asyncio import constants, trsock
 from contextvars import copy_context
+from time import monotonic
 from typing import Any
 
 from forkd.drain import draining
 from forkd.serve.loop import IN, PollLoop
-from forkd.serve.receiving import ReceivingHalf
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
+from forkd.serve.stamps import Stamps
+from forkd.serve.upkeep import Upkeep
 
 
-class Transport(ReceivingHalf):
+class Transport(Upkeep):
     """One accepted connection.
 
     Args:
@@ -58,10 +60,20 @@ class Transport(ReceivingHalf):
         self._eof_sent = False
         self._conn_lost = 0
         self._error = None
+        self._ended_by_peer = False
+        self._stuck = self._asked = self.due = 0.0
+        self._queue = 0
+        self._stamps = None
+        self._opened = opened = monotonic()
+        if (patience := keeper.patience) is not None and patience.first:
+            patience.deadlines.watch(self, opened + patience.first)
         # As with asyncio's transport, a context variable that is set while one connection is served is not seen by
         # others.
         self._context = copy_context()
         self.set_protocol(protocol)
+        if sock.family == socket.AF_UNIX and (patience is not None or keeper.access):
+            self._stamps = stamps = Stamps(sock, opened)
+            self._recv, self._send = stamps.recv, stamps.send
 
     def start(self) -> None:
         """Tells the protocol that it is connected, then begins to read."""
@@ -122,9 +134,7 @@ class Transport(ReceivingHalf):
         if self._closing:
             return
         try:
-            # Of a connection that has gone over to TLS (loop.start_tls) the handler's protocol is the inner one.
-            protocol = getattr(self._protocol, "_app_protocol", self._protocol)
-            shutdown = getattr(protocol, "shutdown", None)
+            shutdown = getattr(self._inner_protocol(), "shutdown", None)
             if callable(shutdown):
                 self._context.run(shutdown)
         except (SystemExit, KeyboardInterrupt):
@@ -138,6 +148,10 @@ class Transport(ReceivingHalf):
             selector.epoll.unregister(self._fd)
             self._interest = 0
         self._out = SHUT
+        if self.due and (patience := self._keeper.patience) is not None:
+            patience.deadlines.forget(self)
+        if self._keeper.access:
+            self._record(error)
         try:
             self._context.run(self._protocol.connection_lost, error)  # type: ignore[arg-type]
         except (SystemExit, KeyboardInterrupt):

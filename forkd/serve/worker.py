@@ -23,6 +23,7 @@ from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
+from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler, import_handlers
@@ -100,6 +101,7 @@ class Worker:
         self._tally = Tally(station.row)
         loop.on_error = self._tally.failed
         self._balance = Balance(loop, board, self._tally)
+        self._deadlines = Deadlines(loop)
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
         self._born = loop.time()
         self._wear = Wear(settings.recycle, random.random())  # noqa: S311
@@ -137,7 +139,16 @@ class Worker:
         log.debug("serves")
 
     def _server(self, bound: BoundListener, handler: Handler) -> Serve:
-        return host(handler, bound.listener, self._loop, self._tally, self._conversations)
+        return host(
+            handler,
+            bound.listener,
+            bound.address,
+            self._loop,
+            self._tally,
+            self._conversations,
+            self._deadlines,
+            access=self._settings.log.access,
+        )
 
     def _beat(self) -> None:
         """At each heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
