@@ -33,9 +33,11 @@ class ProtocolServer:
         self.write_limit = write_limit
         self.listener = listener
         self.closed = tally.closed
+        self._began = tally.began
 
     def __call__(self, sock: socket.socket, peer: Any) -> None:
         """Serves one connection and owns its socket."""
+        self._began(sock.fileno())
         try:
             transport = Transport(self._loop, sock, self._factory(), peer, self)
         except (SystemExit, KeyboardInterrupt):
