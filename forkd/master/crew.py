@@ -13,7 +13,7 @@ import selectors
 import signal
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from forkd import signals
@@ -25,6 +25,7 @@ from forkd.master.spawn import HELPER, ChildMain, Exit, Spawner, Worker
 from forkd.states import Life, Turn, next_life
 from forkd.system.channel import ChannelClosed, GarbledChannel
 from forkd.system.oom import oom_kills
+from forkd.system.sockets import BoundListener
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
@@ -59,6 +60,7 @@ class Crew:
         workers: by pid, helpers too.
         slots: the luck of each slot, by generation.
         deaths: the latest certificates.
+        answered: told of a worker's answer to a question; returns what is wrong with it, if anything.
         helper_said: told what a helper says.
         helper_ended: told of a helper and of its end.
     """
@@ -75,6 +77,7 @@ class Crew:
         self._spawner = spawner
         self._selector = selector
         self._failed = failed
+        self.answered: Callable[[Worker, Message], str] = lambda worker, message: "an answer to what it was not asked"
         self.helper_said: Callable[[Worker, Message], None] = lambda worker, message: None
         self.helper_ended: Callable[[Worker, Exit], None] = lambda worker, ended: None
         self._oom_kills = oom_kills()
@@ -137,6 +140,15 @@ class Crew:
                 except ChannelClosed as error:
                     log.warning("can't tell %s (pid %d): %s", worker.name, worker.pid, error)
 
+    def forsake(self, listeners: Iterable[BoundListener], heir: int = 0) -> None:
+        """Notes where listeners are that are about to be closed, for those workers that may have clients of them: all
+        but those of the generation that takes over.
+        """
+        places = [place for bound in listeners if (place := bound.places())["sockets"]]
+        for worker in self.workers.values():
+            if worker.generation != heir:
+                worker.forsaken += places
+
     def abandon(self) -> None:
         """In a forked child: closes all that is the master's alone."""
         for worker in self.workers.values():
@@ -184,6 +196,9 @@ class Crew:
         elif event == "worn":
             worker.worn = _words(message.get("why"), 200) or "it says so"
             log.info("worker %d (pid %d) is to be replaced: %s", worker.slot, worker.pid, worker.worn)
+        elif event == "answer":
+            if wrong := self.answered(worker, message):
+                self._doubt(worker, wrong, 1)
         else:
             self._doubt(worker, f"an event {_words(event, 40)!r}", 1)
 
