@@ -19,7 +19,8 @@ from forkd.cli.target import read_target, run_directory_of, settings_of
 from forkd.errors import ConfigError, UsageError
 
 COMMANDS = [
-    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "scale", "once", "schema", "completion",
+    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "clients", "scale", "once",
+    "schema", "completion",
 ]  # fmt: skip
 
 LISTEN = "listen: [{address: 'tcp://127.0.0.1:0', handler: 'forkd.builtin:Echo'}]\n"
