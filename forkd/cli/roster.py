@@ -76,9 +76,7 @@ def _owned(name: str, worker: Mapping[str, Any], regions: int) -> Iterator[tuple
     try:
         sockets = sorted(_sockets_of(pid), reverse=True)  # of those of one socket the lowest descriptor counts
     except PermissionError:
-        raise ForkdError(
-            f"the workers of {name} are another user's: only root can see which clients they have"
-        ) from None
+        raise ForkdError(f"the workers of {name} are another user's; only root can see their clients") from None
     except OSError:  # it has ended meanwhile, and its connections with it
         return
     cells = array("q") if regions < 0 or not sockets else read_roll(regions, worker["row"], sockets[0][0] + 1)
