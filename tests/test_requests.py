@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, cast
 
 import pytest
@@ -17,11 +18,15 @@ from forkd.errors import BootError
 from forkd.master.control import Reply
 from forkd.master.generation import Generation
 from forkd.master.plan import GRACE, STACKS
+from forkd.master.questions import Question
 from forkd.master.requests import Requests
+from forkd.master.spawn import Worker
 from forkd.master.state import State
 from forkd.signals import Order
-from forkd.states import Mode
+from forkd.states import Life, Mode
+from forkd.system.channel import Channel
 from forkd.system.notify import Notifier
+from forkd.system.scoreboard import Row
 from forkd.wire import Message
 
 
@@ -72,6 +77,11 @@ class Master:
     def status(self) -> dict[str, Any]:
         return {"state": self.stand.mode.value}
 
+    def ask_workers(self, what: Message) -> Question:
+        self.told.append(what)
+        self.question = Question(7, monotonic() + 3600, [worker(slot) for slot in (1, 2)])
+        return self.question
+
     @property
     def orders(self) -> list[Order]:
         return [told[0] for told in self.told if isinstance(told, tuple)]
@@ -89,6 +99,11 @@ class Client(list[Message]):
 
     def fileno(self) -> int:
         return self.descriptor
+
+
+def worker(slot: int) -> Worker:
+    channel = cast(Channel, None)
+    return Worker(100 + slot, slot, 1, cast(Row, None), channel, -1, Life.SERVING, 0.0, 0.0, owes={7})
 
 
 class Asking:
@@ -320,3 +335,59 @@ def test_a_stop_is_no_succession_unless_it_says_so(asking: Asking, said: object)
     asking.ask({"verb": "stop", "succeeded": said})
     assert not asking.stand.succeeded
     assert asking.master.told == [(Order.STOP, "forkd stop")]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({}, "the ID of a connection is wanted, or a network"),
+        ({"cookie": 0}, "wanted"),
+        ({"cookie": -1}, "wanted"),
+        ({"cookie": 1 << 64}, "wanted"),
+        ({"cookie": "7"}, "wanted"),
+        ({"cookie": 1.5}, "wanted"),
+        ({"network": 7}, "wanted"),
+        ({"network": "10.0.0.1/8"}, "did you mean 10.0.0.0/8?"),
+        ({"network": "x" * 100_000}, "is not a network"),
+    ],
+)
+def test_a_kill_of_nobody_in_particular_asks_no_worker(asking: Asking, message: Message, said: str) -> None:
+    [answer] = asking.ask({"verb": "kill", **message})
+    assert answer["ok"] is False
+    assert said in answer["error"]
+    assert len(answer["error"]) <= 200
+    assert asking.master.told == []
+
+
+@pytest.mark.parametrize("what", [{"cookie": 7}, {"network": "10.0.0.0/8"}])
+def test_a_kill_is_answered_when_all_workers_have_answered(asking: Asking, what: Message) -> None:
+    client = asking.ask({"verb": "kill", **what})
+    assert asking.master.told == [{"order": "kill", **what}]
+    question = asking.master.question
+    for one, found in zip(question.asked, (2, 3), strict=True):
+        asking.requests.settle()
+        assert client == []
+        one.owes.clear()
+        question.found[one.pid] = found
+    asking.requests.settle()
+    assert client == [{"ok": True, "closed": 5, "silent": []}]
+
+
+def test_what_a_worker_claims_to_have_killed_is_believed_within_bounds(asking: Asking) -> None:
+    client = asking.ask({"verb": "kill", "cookie": 7})
+    question = asking.master.question
+    for one, found in zip(question.asked, (-5, "many"), strict=True):
+        one.owes.clear()
+        question.found[one.pid] = found
+    asking.requests.settle()
+    assert client == [{"ok": True, "closed": 0, "silent": []}]
+
+
+def test_a_kill_that_is_not_answered_in_time_names_who_is_silent(asking: Asking) -> None:
+    client = asking.ask({"verb": "kill", "cookie": 7})
+    question = asking.master.question
+    question.asked[0].owes.clear()
+    question.found[101] = 1
+    question.deadline = 0.0
+    asking.requests.settle()
+    assert client == [{"ok": True, "closed": 1, "silent": [{"slot": 2, "pid": 102}]}]

@@ -127,6 +127,7 @@ def _ask(request: bytes, *, dump: bool) -> Iterator[tuple[bytes, int, int]]:
     """The kernel's answers to a request: each as a part of a buffer, from its message on."""
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as sock:
+            sock.setblocking(False)  # the kernel has answered before sendto and recv return; a master may be asking
             flags = _REQUEST | (_DUMP if dump else 0)
             sock.sendto(_HEADER.pack(_HEADER.size + len(request), _BY_FAMILY, flags, 1, 0) + request, (0, 0))
             more = True
