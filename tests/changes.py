@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,11 +60,6 @@ class MadeUpCrew:
         other.close()
         self.workers[pid] = Worker(pid, slot, generation, cast(Row, None), channel, -1, life, since=0.0, born=0.0)
         return self.workers[pid]
-
-    def forsake(self, listeners: Iterable[BoundListener], heir: int = 0) -> None:
-        for worker in self.workers.values():
-            if worker.generation != heir:
-                worker.forsaken += [{"address": str(bound.address)} for bound in listeners]
 
     def spawn(self, slot: int, generation: int, main: ChildMain) -> None:
         assert slot == HELPER

@@ -302,6 +302,19 @@ def test_of_many_clients_none_is_missing_and_none_is_twice(harness: Harness) -> 
     assert sorted({one["pid"] for one in everyone}) == sorted(daemon.workers().values())
 
 
+def test_where_no_times_are_noted_clients_have_no_age() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, dial(f"tcp://127.0.0.1:{server.getsockname()[1]}") as client:
+        worker = {"slot": 1, "pid": os.getpid(), "row": 0}
+        places = {"address": "here", "sockets": [[server.family, *server.getsockname()]]}
+        told = {"pid": os.getpid(), "workers": [worker], "listeners": [places]}
+        assert list_clients("x", told, -1) == []  # not accepted yet
+        with server.accept()[0] as served:
+            (one,) = list_clients("x", told, -1)
+            assert (one["client"], one["listener"], one["age"]) == (name_of(client), "here", None)
+            with server.dup(), served.dup():  # by whatever descriptors it is one client
+                assert len(list_clients("x", told, -1)) == 1
+
+
 def test_a_daemon_that_does_not_run_has_no_clients(harness: Harness) -> None:
     result = harness.daemon().command("clients")
     assert (result.returncode, result.stderr) == (1, "forkd: tested is not running\n")

@@ -5,9 +5,12 @@ The requests ask a stand-in that notes what it was told to do. The socket that c
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,6 +18,7 @@ import pytest
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
 from forkd.errors import BootError
+from forkd.master import requests
 from forkd.master.control import Reply
 from forkd.master.generation import Generation
 from forkd.master.plan import GRACE, STACKS
@@ -42,6 +46,7 @@ class Stand:
     is_settled: bool = False
     notifier: Notifier = field(default_factory=lambda: Notifier({}))
     drain_timeout: float = 30.0
+    board: Any = None
     generation: Generation = field(default_factory=lambda: Generation(1, Settings(listen=()), [], -1))
 
     def settled(self) -> bool:
@@ -391,3 +396,18 @@ def test_a_kill_that_is_not_answered_in_time_names_who_is_silent(asking: Asking)
     question.deadline = 0.0
     asking.requests.settle()
     assert client == [{"ok": True, "closed": 1, "silent": [{"slot": 2, "pid": 102}]}]
+
+
+def test_who_wants_the_clients_is_told_where_they_are_also_without_a_descriptor_to_give(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "whereabouts", lambda state: {"pid": 1})
+    asking.stand.board = SimpleNamespace(regions=SimpleNamespace(descriptor=-1))
+    client = asking.ask({"verb": "clients"})
+    assert (client, client.descriptors) == ([{"ok": True, "pid": 1}], ())
+    with tempfile.TemporaryFile() as file:
+        asking.stand.board.regions.descriptor = file.fileno()
+        client = asking.ask({"verb": "clients"})
+        assert (client, len(client.descriptors)) == ([{"ok": True, "pid": 1}], 1)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(client.descriptors[0])  # sent, and not kept

@@ -44,4 +44,6 @@ def test_descriptors_beyond_the_last_cell_have_no_time_and_write_nowhere(regions
 
 
 def test_a_process_that_nobody_looks_at_notes_nothing() -> None:
-    Roll().began(3)
+    roll = Roll()
+    roll.began(3)
+    assert len(roll._cells) == 0

@@ -203,7 +203,7 @@ def _add_clients(command: argparse.ArgumentParser) -> None:
 
 
 def _identity(text: str) -> int:
-    if not (text.isdecimal() and text.isascii() and 0 < int(text[:21]) < 1 << 64):
+    if not (text.isdecimal() and len(text) <= 20 and 0 < int(text) < 1 << 64):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no ID; `forkd clients` shows them")
     return int(text)
 

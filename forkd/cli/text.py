@@ -1,4 +1,4 @@
-"""How the commands that look show what they have found: tables, ages, sizes."""
+"""How the commands that look show what they have found: tables, ages, and what is not known."""
 
 from __future__ import annotations
 

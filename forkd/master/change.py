@@ -215,7 +215,7 @@ class Changes:
         state, before = self._state, self._state.generation
         state.wanted = self._wanted(candidate.settings)
         lacking = before.lacking(candidate)
-        self._crew.forsake(lacking, candidate.number)
+        state.forsake(lacking, candidate.number)
         for bound in lacking:
             bound.remove()
         for bound in candidate.bound:

@@ -13,7 +13,7 @@ import selectors
 import signal
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forkd import signals
@@ -25,7 +25,6 @@ from forkd.master.spawn import HELPER, ChildMain, Exit, Spawner, Worker
 from forkd.states import Life, Turn, next_life
 from forkd.system.channel import ChannelClosed, GarbledChannel
 from forkd.system.oom import oom_kills
-from forkd.system.sockets import BoundListener
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
@@ -139,15 +138,6 @@ class Crew:
                     worker.channel.send_with(message, descriptors)
                 except ChannelClosed as error:
                     log.warning("can't tell %s (pid %d): %s", worker.name, worker.pid, error)
-
-    def forsake(self, listeners: Iterable[BoundListener], heir: int = 0) -> None:
-        """Notes where listeners are that are about to be closed, for those workers that may have clients of them: all
-        but those of the generation that takes over.
-        """
-        places = [place for bound in listeners if (place := bound.places())["sockets"]]
-        for worker in self.workers.values():
-            if worker.generation != heir:
-                worker.forsaken += places
 
     def abandon(self) -> None:
         """In a forked child: closes all that is the master's alone."""

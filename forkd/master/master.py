@@ -117,11 +117,11 @@ class Master:
             log.warning("was not there for %.1f s", now - self._expected)
             self.state.awake = now
         self._note_events()
+        asked_until = self._questions.settle()  # first: what is over by now is answered now, and else waited for
         self._requests.settle()
         candidate = self._changes.candidate(self.state.generation.settings.boot_timeout)
         due = plan.make_plan(now, self.state.pool(now, candidate))
         tell_again = self._herald.tell(now, self._changes.under_way)
-        asked_until = self._questions.settle()
         for action in due.actions:
             self._perform(action)
         # Reckoned from the beginning of this turn: it may be in the middle of one that the master is stopped.
@@ -175,7 +175,7 @@ class Master:
         if state.mode in (Mode.DRAINING, Mode.CLOSING):
             state.succeeded = state.succeeded or state.control.displaced
             self._changes.give_up("the daemon stops")
-            self._crew.forsake(state.generation.bound)
+            state.forsake(state.generation.bound)
             for bound in state.generation.bound:  # whoever comes now is refused rather than left waiting
                 bound.lent = state.succeeded  # then the path is the successor's
                 bound.remove()

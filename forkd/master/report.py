@@ -24,6 +24,12 @@ def status(state: State, change: str) -> dict[str, Any]:
         state: the master's.
         change: what is under way.
     """
+    listeners = [_listener(bound) for bound in state.generation.bound]
+    return {**_summary(state, change), "listeners": listeners, "deaths": list(state.crew.deaths)}
+
+
+def _summary(state: State, change: str) -> dict[str, Any]:
+    """That part of it which is there without asking the kernel."""
     now = time.monotonic()
     settings = state.generation.settings
     workers = sorted((one for one in state.workers.values() if one.slot != HELPER), key=lambda w: (w.slot, w.pid))
@@ -44,8 +50,6 @@ def status(state: State, change: str) -> dict[str, Any]:
         "boot_timeout": settings.boot_timeout,
         "serving": len(serving),
         "workers": [_worker(worker, now) for worker in workers],
-        "listeners": [_listener(bound) for bound in state.generation.bound],
-        "deaths": list(state.crew.deaths),
     }
 
 
@@ -67,7 +71,7 @@ def whereabouts(state: State) -> dict[str, Any]:
 
 def status_line(state: State, change: str) -> str:
     """The state of the daemon in one line, for a service manager."""
-    found = status(state, change)
+    found = _summary(state, change)
     clients = sum(worker["clients"] for worker in found["workers"])
     words = [f"{found['state']}: {found['serving']} of {found['wanted']} workers, {clients} clients", found["reason"]]
     words.append(f"{change} is under way" if change else found["refusal"])

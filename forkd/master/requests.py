@@ -112,12 +112,13 @@ class Requests:
         """Tells what one needs to look for the clients oneself: which processes and listeners are meant, and where in
         the regions' memory, which can only be read by the descriptor that goes with it, each worker writes.
         """
-        regions = self._master.state.board.regions.descriptor
         found: Message = {"ok": True, **whereabouts(self._master.state)}
-        if regions < 0:
+        try:
+            reader = read_only(self._master.state.board.regions.descriptor)
+        except OSError as error:  # no such memory, or no descriptor left
+            log.warning("can't show since when clients are here: %s", error)
             reply(found)
             return
-        reader = read_only(regions)
         try:
             reply(found, [reader])
         finally:
