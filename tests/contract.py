@@ -39,6 +39,9 @@ class Keeper:
         self.ended = 0
         self.errors = 0
 
+    def began(self, descriptor: int) -> None:
+        """When it began is nobody's concern here."""
+
     def closed(self) -> None:
         self.ended += 1
 

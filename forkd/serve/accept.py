@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from forkd.ended import Ended
 from forkd.serve.admission import SLACK, is_fair, least_load, next_try
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
+from forkd.system.roll import Roll
 from forkd.system.scoreboard import NOBODY, Field, Row, Scoreboard
 
 log = logging.getLogger("forkd.accept")
@@ -36,12 +37,18 @@ Serve = Callable[[socket.socket, Any], None]
 
 
 class Tally:
-    """A worker's connections, counted on its row of the scoreboard."""
+    """A worker's connections, counted on its row of the scoreboard.
 
-    __slots__ = ("_accepting", "_cells", "accepted", "ended", "errors", "on_closed")
+    Args:
+        row: the row.
+        roll: where it is noted when each began; None: nobody wants to know.
+    """
 
-    def __init__(self, row: Row) -> None:
+    __slots__ = ("_accepting", "_cells", "accepted", "began", "ended", "errors", "on_closed")
+
+    def __init__(self, row: Row, roll: Roll | None = None) -> None:
         self._cells = row.cells
+        self.began = (roll or Roll()).began
         self._accepting = False
         self.accepted = 0
         self.ended = 0

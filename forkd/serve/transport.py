@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from asyncio import constants, trsock
 from contextvars import copy_context
 from time import monotonic
@@ -19,6 +20,8 @@ from forkd.serve.loop import IN, PollLoop
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
 from forkd.serve.stamps import Stamps
 from forkd.serve.upkeep import Upkeep
+
+_SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 
 
 class Transport(Upkeep):
@@ -118,6 +121,21 @@ class Transport(Upkeep):
     def abort(self) -> None:
         """Closes at once; what is unsent is lost."""
         self._force_close(None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the protocol has been told, or will be next, that the connection is lost."""
+        return self._conn_lost > 0
+
+    @property
+    def peer(self) -> Any:
+        """The peer's address, as accept(2) gave it."""
+        return self._peer
+
+    @property
+    def cookie(self) -> int:
+        """What the kernel calls the connection, as `sock_diag` tells it (socket(7), SO_COOKIE). Raises OSError."""
+        return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
 
     def _force_close(self, error: BaseException | None) -> None:
         # By this name loop.start_tls's protocol ends the transport below it.

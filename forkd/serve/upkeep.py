@@ -16,8 +16,8 @@ from forkd.ended import Ended, WriteBufferFull
 from forkd.serve.deadlines import LOOKS, Sighting, explained, sighting_of
 from forkd.serve.receiving import ReceivingHalf
 from forkd.system.logs import ACCESS
-from forkd.system.queues import outgoing
 from forkd.system.tcp_info import read_tcp_info
+from forkd.system.unsent import outgoing
 
 log = logging.getLogger("forkd.transport")
 access = logging.getLogger(ACCESS)

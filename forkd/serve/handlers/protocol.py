@@ -46,9 +46,11 @@ class ProtocolServer:
         self.patience = patience
         self.access = access
         self.closed, self.cut = tally.closed, tally.cut
+        self._began = tally.began
 
     def __call__(self, sock: socket.socket, peer: Any) -> None:
         """Serves one connection and owns its socket."""
+        self._began(sock.fileno())
         try:
             transport = Transport(self._loop, sock, self._factory(), peer, self)
         except (SystemExit, KeyboardInterrupt):
