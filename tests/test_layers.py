@@ -23,7 +23,7 @@ ROWS = [
     ["errors", "signals", "states", "wire"],
     ["config"],
     ["system"],
-    ["builtin", "drain", "ended"],
+    ["builtin", "drain", "ended", "framing"],
     ["master", "serve"],
     ["app"],
     ["cli"],
