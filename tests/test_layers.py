@@ -23,7 +23,7 @@ ROWS = [
     ["errors", "signals", "states", "wire"],
     ["config"],
     ["system"],
-    ["builtin", "drain", "ended", "framing"],
+    ["builtin", "client", "drain", "ended", "framing"],
     ["master", "serve"],
     ["app"],
     ["cli"],
@@ -109,6 +109,13 @@ def test_who_asks_whether_its_worker_drains_need_not_load_asyncio() -> None:
     found = loaded("import forkd.drain; assert not forkd.drain.draining()")
     assert "forkd.drain" in found
     assert "asyncio" not in found
+
+
+def test_a_client_need_not_load_asyncio_nor_anything_of_the_daemon() -> None:
+    found = loaded("import forkd.client")
+    own = {name for name in found if name.startswith("forkd.") and part(name) != "client"}
+    assert own == {"forkd.config", "forkd.config.address"}
+    assert found & {"asyncio", "ssl", "_ssl", "yaml"} == set()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["--version"], ["stert"]])
