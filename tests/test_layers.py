@@ -137,10 +137,10 @@ def test_one_client_costs_neither_a_master_nor_what_makes_a_daemon() -> None:
 
 
 def test_only_one_module_imports_what_a_user_names() -> None:
-    """`cli.parser` and `cli.look` import forkd's own modules and shtab late, by names of their own."""
+    """`cli.parser`, `cli.look` and `cli.call` import forkd's own modules and shtab late, by names of their own."""
     text = {module: path.read_text() for module, path in MODULES.items()}
     late = {module for module, source in text.items() if "import_module" in source or "__import__" in source}
-    assert late == {"forkd.serve.handlers.load", "forkd.cli.parser", "forkd.cli.look"}
+    assert late == {"forkd.serve.handlers.load", "forkd.cli.parser", "forkd.cli.look", "forkd.cli.call"}
 
 
 def test_only_the_places_that_are_known_for_it_fork() -> None:
