@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import pytest
-from contract import MUCH, Calls, Recorder, kits, read_exactly, read_to_end
+from contract import MUCH, Calls, Recorder, anonymous, kits, read_exactly, read_to_end, tcp_pair
 
 from forkd.framing import FixedSizeProtocol, LengthPrefixProtocol, LineProtocol, MessageTooLong
 
@@ -245,6 +246,37 @@ def test_a_client_with_too_long_a_message_can_be_told(kit):
     assert kit.in_thread(read_to_end, peer) == b"\0\x0cat most 1000"
     kit.until(lost(protocol))
     assert protocol.lost == [None]
+
+
+def test_lines_go_on_under_tls(kit):
+    async def upgrade(protocol):
+        protocol.send_message(b"go ahead")
+        over_tls = await kit.loop.start_tls(
+            protocol.transport, protocol, anonymous(ssl.PROTOCOL_TLS_SERVER), server_side=True
+        )
+        protocol.transport = over_tls
+        kit.transports.append(over_tls)
+        protocol.resume_reading()
+
+    def begin(protocol):
+        protocol.pause_reading()
+        assert protocol.take_unread() == b""
+        tasks.append(kit.loop.create_task(upgrade(protocol)))
+
+    def talk(peer):
+        with anonymous(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(peer) as over_tls:
+            over_tls.sendall(b"secret\nwords")
+            over_tls.sendall(b"!\n" + b"x" * 200)
+            return over_tls.recv(1)
+
+    tasks = []
+    protocol = Lines(kit, message_received=on(b"STARTTLS", begin))
+    _, peer = kit.connect(protocol, tcp_pair, first=b"STARTTLS\n")
+    assert kit.in_thread(read_exactly, peer, 9) == b"go ahead\n"
+    assert kit.in_thread(talk, peer) == b""
+    kit.until(lost(protocol))
+    assert protocol.messages == [b"STARTTLS", b"secret", b"words!"]
+    assert protocol.calls.count("message_too_long") == 1
 
 
 def test_an_unfinished_message_does_not_cost_the_answers_before_it(kit):

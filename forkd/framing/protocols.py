@@ -45,7 +45,7 @@ class FramedProtocol(asyncio.Protocol):
 
     def message_too_long(self, error: MessageTooLong) -> None:
         """The next message is over the limit. May say so to the client and close the transport; if it does not close
-        it, the connection is aborted with the error, which `connection_lost` is then called with.
+        it, the connection is aborted with the error, which `connection_lost` is then called with (over TLS with None).
         """
 
     def unfinished_received(self, rest: bytes) -> None:
@@ -168,10 +168,11 @@ class FramedProtocol(asyncio.Protocol):
 
 def _abort_with(transport: asyncio.Transport, error: BaseException) -> None:
     """Aborts, so that `connection_lost` is called with the error. asyncio's transports, uvloop's and forkd's all have a
-    method for that, though not a public one; of another kind of transport the protocol hears None.
+    method for that, though not a public one. Of another kind of transport the protocol hears None, and so it does over
+    TLS, whose method fails in Python 3.11.
     """
     force_close = getattr(transport, "_force_close", None)
-    if force_close is None:
+    if force_close is None or transport.get_extra_info("ssl_object") is not None:
         transport.abort()
     else:
         force_close(error)
