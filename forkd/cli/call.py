@@ -83,6 +83,8 @@ def _call_reliably(place: Place, request: bytes, timeout: float | None, retries:
             return bytes(client.request(request))
     except rdp.GaveUp as error:
         _give_up(place, error.tries, error.seconds, "no answer")
+    except OSError as error:
+        raise ForkdError(f"{place.text} can't be asked: {error.strerror or error}") from None
 
 
 def _give_up(place: Place, tries: int, seconds: float, why: str) -> NoReturn:
