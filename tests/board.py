@@ -22,8 +22,8 @@ def heartbeats(master: int, workers: Collection[int]) -> list[float]:
     """When each worker's loop last came by, in seconds on the monotonic clock."""
     directory = Path(f"/proc/{master}/fd")
     descriptor = os.open(next(one for one in directory.iterdir() if "forkd-scoreboard" in target(one)), os.O_RDWR)
+    board = Scoreboard(2 * MOST_WORKERS, descriptor)
     try:
-        rows = Scoreboard(2 * MOST_WORKERS, descriptor).rows()
-        return [row[Field.HEARTBEAT] / 1e9 for row in rows if row[Field.PID] in workers]
+        return [row[Field.HEARTBEAT] / 1e9 for row in board.rows() if row[Field.PID] in workers]
     finally:
-        os.close(descriptor)
+        board.close()

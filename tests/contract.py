@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -113,6 +114,16 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname(), timeout=DEADLINE)
         return listener.accept()[0], client
+
+
+def anonymous(side: int) -> ssl.SSLContext:
+    """TLS without a certificate, which needs no key pair here: one of the old suites of anonymous key exchange."""
+    context = ssl.SSLContext(side)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("aNULL:@SECLEVEL=0")
+    return context
 
 
 class Kit:

@@ -47,7 +47,7 @@ class MadeUpSpawner:
 
     def __init__(self, stack: ExitStack) -> None:
         self.board = Scoreboard(64)
-        stack.callback(os.close, self.board.descriptor)
+        stack.callback(self.board.close)
         self.children: list[Child] = []
         self.error: Exception | None = None
         self.signalled: list[tuple[int, signal.Signals]] = []

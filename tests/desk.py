@@ -53,7 +53,7 @@ class Desk:
         self.loop = PollLoop()
         stack.callback(self.loop.close)
         self.board = Scoreboard(4)
-        stack.callback(os.close, self.board.descriptor)
+        stack.callback(self.board.close)
         self.row, self.other = self.new_row(), self.new_row()
         self.tally = Tally(self.row)
         self.balance = Balance(self.loop, self.board, self.tally)

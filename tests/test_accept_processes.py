@@ -84,7 +84,7 @@ class Crew:
         self.listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))
         self.listener.setblocking(False)
         self.board = Scoreboard(8)
-        stack.callback(os.close, self.board.descriptor)
+        stack.callback(self.board.close)
         self.rows = [self._new_row() for _ in range(4)]
         self.pids: list[int] = []
         self.stop_heard, self.stop_said = socket.socketpair()

@@ -45,7 +45,7 @@ class Estate:
         for one in bound:
             stack.callback(one.remove)
         board = Scoreboard(8)
-        stack.callback(os.close, board.descriptor)
+        stack.callback(board.close)
         self.workers = [self.worker(number, board, stack) for number in (1, 2)]
         self.heritage = Heritage(
             place=Place("/somewhere", detached=True, lock=100),
@@ -112,8 +112,7 @@ def close(heritage: Heritage) -> None:
         bound.close()
     for worker in heritage.workers:
         worker.channel.close()
-    os.close(heritage.board.descriptor)
-    os.close(heritage.board.regions.descriptor)
+    heritage.board.close()
 
 
 def test_all_of_it_arrives(estate: Estate) -> None:
@@ -217,7 +216,7 @@ def test_any_settings_and_any_last_words_arrive(drawn: Settings, deaths: list[di
         assert written(heritage)["deaths"] == deaths
     finally:
         os.close(descriptor)
-        os.close(board.descriptor)
+        board.close()
 
 
 def other_format(plain: dict[str, Any]) -> None:

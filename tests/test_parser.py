@@ -19,7 +19,7 @@ from forkd.cli.target import read_target, run_directory_of, settings_of
 from forkd.errors import ConfigError, UsageError
 
 COMMANDS = [
-    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "clients", "scale", "once",
+    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "clients", "scale", "once", "call",
     "schema", "completion",
 ]  # fmt: skip
 
@@ -84,6 +84,8 @@ def test_the_options_of_once_are_settings_of_its_mode() -> None:
         ("scale 4 chat", "'chat' is not a number"),
         ("scale -- -1", "'-1' is not a number"),
         ("scale 2.5", "'2.5' is not a number"),
+        ("call", "the following arguments are required: ADDRESS; see forkd call --help"),
+        ("call unix:@x data --retries -1", "argument --retries: '-1' is not a number"),
         ("scale " + "9" * 5000, "is not a number"),
         ("completion ksh", "invalid choice: 'ksh'"),
         ("schema chat", "unrecognized arguments: chat"),
@@ -103,8 +105,8 @@ def test_a_wrong_command_line_is_told_in_one_line_with_status_64(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_commands_options_cannot_be_abbreviated(command: str) -> None:
-    more = {"scale": ["1"], "completion": ["bash"]}.get(command, [])
-    for option in ("--nam=x", "--run-dir=x", "--worker=1", "--jso", "--markd"):
+    more = {"scale": ["1"], "completion": ["bash"], "call": ["unix:@x"]}.get(command, [])
+    for option in ("--nam=x", "--run-dir=x", "--worker=1", "--jso", "--markd", "--unt=x"):
         with pytest.raises(UsageError, match=f"unrecognized arguments: {option}"):
             parse([command, *more, option])
 

@@ -30,8 +30,7 @@ def make() -> Iterator[Callable[[int], Scoreboard]]:
 
     yield scoreboard
     for board in made:
-        os.close(board.descriptor)
-        os.close(board.regions.descriptor)
+        board.close()
 
 
 def claimed(board: Scoreboard, pid: int) -> Row:
@@ -100,7 +99,7 @@ def test_a_row_that_was_adopted_is_not_handed_out(make: Callable[[int], Scoreboa
     before = make(3)
     claimed(before, 1)
     claimed(before, 2)
-    after = Scoreboard(3, before.descriptor)
+    after = Scoreboard(3, before.descriptor, before.regions.descriptor)
     assert after.adopt(1)[Field.PID] == 2
     assert [after.claim().index, after.claim().index] == [0, 2]
 
@@ -254,4 +253,4 @@ def test_claims_and_clears_in_any_order_keep_rows_apart(steps: list[int | None])
                 del taken[index]
         assert {row.index: row[Field.PID] for row in board.rows() if row[Field.PID]} == taken
     finally:
-        os.close(board.descriptor)
+        board.close()

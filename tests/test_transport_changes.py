@@ -10,7 +10,17 @@ import asyncio
 import ssl
 
 import pytest
-from contract import MUCH, BufferedRecorder, Recorder, forkd_only, kits, read_exactly, read_to_end, tcp_pair
+from contract import (
+    MUCH,
+    BufferedRecorder,
+    Recorder,
+    anonymous,
+    forkd_only,
+    kits,
+    read_exactly,
+    read_to_end,
+    tcp_pair,
+)
 
 kit = kits
 
@@ -121,16 +131,6 @@ def test_a_protocol_that_takes_over_a_closing_connection_is_told_of_its_end(kit)
     transport.set_protocol(successor)
     kit.until(lambda: successor.lost)
     assert (protocol.lost, successor.lost) == ([], [None])
-
-
-def anonymous(side):
-    """TLS without a certificate, which needs no key pair here: one of the old suites of anonymous key exchange."""
-    context = ssl.SSLContext(side)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("aNULL:@SECLEVEL=0")
-    return context
 
 
 def upgraded(kit, protocol):

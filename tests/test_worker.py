@@ -77,7 +77,7 @@ class Seat:
         board = Scoreboard(1)
         row = board.claim()
         board.confine(row)
-        stack.callback(os.close, board.regions.descriptor)
+        stack.callback(board.close)
         ours, theirs = socket.socketpair()
         self.master, self.line = stack.enter_context(ours), Line(stack.enter_context(theirs))
         self.hearing = Channel(ours)

@@ -93,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
     scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
     _add_once(_add(commands, "once", "single:once", "serve exactly one client, in a process of its own", _TARGET))
+    _add_call(_add(commands, "call", "call:call", "send one request and print its answer, or give up in time"))
     schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
     schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
     completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
@@ -206,6 +207,43 @@ def _identity(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 20 and 0 < int(text) < 1 << 64):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no ID; `forkd clients` shows them")
     return int(text)
+
+
+def _add_call(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "address",
+        metavar="ADDRESS",
+        help="tcp://HOST:PORT, unix:/path, unix:@name, udp://HOST:PORT, unix-dgram:/path or unix-dgram:@name",
+    )
+    command.add_argument(
+        "data", metavar="DATA", nargs="?", help="the request; - or none: what comes on standard input until its end"
+    )
+    command.add_argument(
+        "--timeout",
+        metavar="TIME",
+        help="how long a try waits for an answer; over a stream, how long nothing may go either way; default: 1s",
+    )
+    command.add_argument(
+        "--retries",
+        metavar="N",
+        type=_number,
+        help="tries beyond the first; default: 5 for datagrams, which are sent again, and 0 for streams, where only "
+        "connecting is tried again",
+    )
+    command.add_argument(
+        "--deadline",
+        metavar="TIME",
+        help="how long all of it may take, however it goes on; default: 1m for streams, for datagrams what the tries "
+        "take",
+    )
+    command.add_argument("--hex", action="store_true", help="DATA is hexadecimal, and so is what is printed")
+    command.add_argument(
+        "--until",
+        metavar="DELIMITER",
+        help=r"streams: where the answer ends, with \n, \r, \t, \0, \\ and \xHH for bytes; default: the request's end "
+        "is told by half closing, and the answer ends with the connection",
+    )
+    command.add_argument("--rdp", action="store_true", help="udp: a reliable request (docs/rdp.md)")
 
 
 def _number(text: str) -> int:

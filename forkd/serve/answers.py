@@ -22,6 +22,7 @@ from forkd.wire import Message
 if TYPE_CHECKING:
     from forkd.config.units import Network
 
+
 def answer(loop: PollLoop, question: Message) -> Message | None:
     """The answer to what the master asks; None where it is no question that is known here."""
     ask = QUESTIONS.get(question.get("order", ""))

@@ -172,6 +172,13 @@ class Scoreboard:
         self._taken.add(index)
         return row
 
+    def close(self) -> None:
+        """Closes the descriptors of the memory, which stays mapped."""
+        for descriptor in (self.descriptor, self.regions.descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor = self.regions.descriptor = -1
+
     def loads(self) -> memoryview:
         """The loads of the rows in use, as a view: `min` of it is the least load, at the speed of C."""
         return self._memory[_WIDTH + Field.LOAD : _WIDTH * (self.used + 1) : _WIDTH]

@@ -1,0 +1,181 @@
+"""`forkd call`: one request to a server of any kind, and its answer; never without an end."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import socket
+import sys
+from time import monotonic
+from typing import Any, NamedTuple, NoReturn
+
+from forkd.cli.exchange import LARGEST, Failed, Tries, ask, exchange
+from forkd.config.address import Address, parse_address
+from forkd.config.scales import parse_duration
+from forkd.errors import ForkdError, UsageError
+
+TIMEOUT = 1.0  # seconds of a try, where the command line says nothing else
+TOTAL = 60.0  # seconds of a whole exchange over a stream
+DATAGRAM_RETRIES = 5
+
+_FORMS = "tcp://HOST:PORT, unix:/path, unix:@name, udp://HOST:PORT, unix-dgram:/path or unix-dgram:@name"
+_ESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t", "0": b"\0", "\\": b"\\"}
+
+
+class Place(NamedTuple):
+    """Where a request goes to.
+
+    Attributes:
+        text: as it was written.
+        address: the address; its scheme is tcp or unix for datagrams too.
+        datagrams: whether they are meant.
+    """
+
+    text: str
+    address: Address
+    datagrams: bool
+
+
+def call(command: argparse.Namespace) -> int:
+    """`forkd call`."""
+    place = _parse_place(command.address)
+    timeout, total = (_duration(command, name) for name in ("timeout", "deadline"))
+    if command.until is not None and (place.datagrams or command.rdp):
+        raise UsageError("--until is for streams; a datagram's answer is one datagram")
+    until = None if command.until is None else _unescape(command.until)
+    if command.rdp and not (place.datagrams and place.address.scheme == "tcp"):
+        raise UsageError(f"--rdp goes over udp://HOST:PORT, not to {place.text}")
+    request = _request(command)
+    if command.rdp:
+        answer = _call_reliably(place, request, timeout, command.retries)
+    else:
+        tries = Tries(
+            retries=command.retries if command.retries is not None else DATAGRAM_RETRIES if place.datagrams else 0,
+            timeout=timeout or TIMEOUT,
+            end=monotonic() + (total or (float("inf") if place.datagrams else TOTAL)),
+        )
+        try:
+            answer = _ask(place, request, tries) if place.datagrams else exchange(place.address, request, tries, until)
+        except Failed as error:
+            _give_up(place, tries.made, monotonic() - tries.began, str(error))
+    _show(answer, as_hex=command.hex)
+    return 0
+
+
+def _ask(place: Place, request: bytes, tries: Tries) -> bytes:
+    address = place.address
+    if address.scheme == "unix":
+        path = "\0" + address.path[1:] if address.abstract else address.path
+        return ask([(socket.AF_UNIX, path)], request, tries)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise Failed(error.strerror or str(error)) from None
+    return ask([(family, where) for family, _, _, _, where in found], request, tries)
+
+
+def _call_reliably(place: Place, request: bytes, timeout: float | None, retries: int | None) -> bytes:
+    rdp: Any = importlib.import_module("forkd.rdp")
+    try:
+        with rdp.RdpClient(place.address.host, place.address.port, timeout=timeout, retries=retries) as client:
+            return bytes(client.request(request))
+    except rdp.GaveUp as error:
+        _give_up(place, error.tries, error.seconds, "no answer")
+    except OSError as error:
+        raise ForkdError(f"{place.text} can't be asked: {error.strerror or error}") from None
+
+
+def _give_up(place: Place, tries: int, seconds: float, why: str) -> NoReturn:
+    times = f"{tries} {'try' if tries == 1 else 'tries'}"
+    raise ForkdError(f"gave up on {place.text} after {times} in {seconds:.1f} s: {why}")
+
+
+# What is asked
+
+
+def _parse_place(text: str) -> Place:
+    """Where `text` says. Raises UsageError."""
+    try:
+        place = _parse_datagram_place(text) or Place(text, parse_address(text), datagrams=False)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if place.address.scheme not in ("tcp", "unix"):
+        raise UsageError(f"{text!r} can't be called; write {_FORMS}")
+    if place.address.scheme == "tcp" and not place.address.port:
+        raise UsageError(f"{text!r} can't be called: port 0 is nobody's")
+    return place
+
+
+def _parse_datagram_place(text: str) -> Place | None:
+    """A place that takes datagrams; None for other text. To go when `parse_address` knows these. Raises ValueError."""
+    for scheme, like in (("udp://", "tcp://"), ("unix-dgram:", "unix:")):
+        if text.startswith(scheme):
+            try:
+                return Place(text, parse_address(like + text.removeprefix(scheme)), datagrams=True)
+            except ValueError as error:
+                raise ValueError(str(error).replace(like, scheme)) from None
+    return None
+
+
+def _duration(command: argparse.Namespace, name: str) -> float | None:
+    """An option's seconds, more than none; None where it is not given. Raises UsageError."""
+    text = getattr(command, name)
+    if text is None:
+        return None
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--{name}: {error}") from None
+    if not seconds:
+        raise UsageError(f"--{name}: no answer comes in no time")
+    return seconds
+
+
+def _request(command: argparse.Namespace) -> bytes:
+    """The bytes to send, from the command line or from standard input. Raises UsageError."""
+    if command.data in (None, "-"):
+        if sys.stdin is None:
+            raise UsageError("no DATA, and no standard input to read it from")
+        data = sys.stdin.buffer.read(LARGEST + 1)
+    else:
+        data = os.fsencode(command.data)
+    if len(data) > LARGEST:
+        raise UsageError(f"a request of more than {LARGEST} bytes")
+    if not command.hex:
+        return data
+    try:
+        return bytes.fromhex(data.decode("ascii"))
+    except ValueError:
+        raise UsageError(f"{data[:40]!r} is not hexadecimal; write two digits a byte, as in '48 69'") from None
+
+
+def _unescape(text: str) -> bytes:
+    r"""The bytes of a delimiter, with \n, \r, \t, \0, \\ and \xHH for bytes. Raises UsageError."""
+    delimiter = b""
+    for plain, escape, digits in re.findall(r"([^\\]+)|\\(?:x([0-9A-Fa-f]{2})|(.?))", text, re.DOTALL):
+        if escape:
+            delimiter += bytes.fromhex(escape)
+        elif plain:
+            delimiter += os.fsencode(plain)
+        elif digits in _ESCAPES:
+            delimiter += _ESCAPES[digits]
+        else:
+            raise UsageError(rf"--until: \{digits} is none of \n, \r, \t, \0, \\ and \xHH")
+    if not delimiter:
+        raise UsageError("--until: an empty delimiter ends nothing")
+    return delimiter
+
+
+# What is answered
+
+
+def _show(answer: bytes, *, as_hex: bool) -> None:
+    """The answer on standard output as it is. A terminal gets the line feed that it lacks."""
+    if as_hex:
+        print(answer.hex())
+        return
+    sys.stdout.buffer.write(answer)
+    if sys.stdout.isatty() and not answer.endswith(b"\n"):
+        sys.stdout.buffer.write(b"\n")
