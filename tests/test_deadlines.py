@@ -72,6 +72,9 @@ class One:
         self.looks.append(now)
         return self.again.pop(0) if self.again else 0.0
 
+    def __lt__(self, other: object) -> bool:
+        return id(self) < id(other)
+
 
 def heap_of(clock: Any) -> Deadlines:
     loop: asyncio.AbstractEventLoop = clock

@@ -11,7 +11,7 @@ import asyncio
 from heapq import heapify, heappop, heappush
 from math import inf
 from time import monotonic
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from forkd.config.options import Listener
 from forkd.ended import Ended, FirstByteTimeout, HeartbeatLost, IdleTimeout, LifetimeOver, WriteTimeout
@@ -45,6 +45,9 @@ class Watched(Protocol):
     def look(self, now: float) -> float:
         """Ends it if its time is over. When to look again, on the monotonic clock; 0: never."""
 
+    def __lt__(self, other: Any) -> bool:
+        """Which of two that are due at the same moment is first: either may be. The heap asks."""
+
 
 class Deadlines:
     """The heap of one process.
@@ -55,8 +58,7 @@ class Deadlines:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._heap: list[tuple[float, int, Watched]] = []
-        self._count = 0  # breaks ties, so that no two of the watched are ever compared
+        self._heap: list[tuple[float, Watched]] = []
         self._live = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -70,8 +72,7 @@ class Deadlines:
         else:
             self._live += 1
         one.due = when
-        self._count = count = self._count + 1
-        heappush(self._heap, (when, count, one))
+        heappush(self._heap, (when, one))
         if when < self._timer_at and not self._working:
             self._set_timer(when)
 
@@ -82,7 +83,7 @@ class Deadlines:
         one.due = 0.0
         self._live -= 1
         if len(self._heap) > 2 * self._live + _WASTE:
-            self._heap = [entry for entry in self._heap if entry[0] == entry[2].due]
+            self._heap = [entry for entry in self._heap if entry[0] == entry[1].due]
             heapify(self._heap)
 
     def _set_timer(self, when: float) -> None:
@@ -98,7 +99,7 @@ class Deadlines:
         now = monotonic()
         until = now + SLICE
         while self._heap and self._heap[0][0] <= now:
-            when, _, one = heappop(self._heap)
+            when, one = heappop(self._heap)
             if one.due != when:
                 continue
             one.due = 0.0

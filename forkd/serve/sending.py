@@ -117,6 +117,10 @@ class SendingHalf(transports._FlowControlMixin):
         """As `deadlines.Watched`."""
         raise NotImplementedError
 
+    def __lt__(self, other: object) -> bool:
+        """As `deadlines.Watched`."""
+        raise NotImplementedError
+
     def _force_close(self, error: BaseException | None) -> None:
         """Ends the connection at once; the protocol is told later."""
         raise NotImplementedError

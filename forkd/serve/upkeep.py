@@ -42,6 +42,10 @@ class Upkeep(ReceivingHalf):
         self._keeper.cut(error)
         self._force_close(error)
 
+    def __lt__(self, other: object) -> bool:
+        """As `deadlines.Watched`."""
+        return id(self) < id(other)
+
     def look(self, now: float) -> float:
         """As `deadlines.Watched`."""
         patience = self._keeper.patience
