@@ -308,6 +308,18 @@ def test_a_server_that_drains_takes_no_new_request_and_finishes_what_is_there() 
     assert network.responder.unfinished == 0
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_answer_of_several_parts_is_unfinished_until_it_is_taken_or_was_tried_enough(lost: bool) -> None:
+    network = Network(lambda sender, _: [] if lost and network.ran and sender == "client" else [0.01])
+    network.request(7, LONG)
+    network.run(0.045)
+    assert network.ran == {7: 1}
+    assert network.responder.unfinished == 1
+    network.run(network.timers.max_transmit_wait + 1)
+    assert network.responder.unfinished == 0
+    assert network.answers() == {7: LONG}
+
+
 @given(st.lists(st.binary(max_size=60), max_size=20))
 def test_neither_side_minds_what_strangers_send(found: list[bytes]) -> None:
     network = Network()

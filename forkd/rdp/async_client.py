@@ -84,13 +84,14 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
 
     async def _open(self) -> None:
         """Opens the socket once, whoever asks; one that could not be opened is tried again by the next request."""
-        if self._closed:
+        if self._transport is None and not self._closed:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.get_running_loop().create_task(self._connect())
+            await asyncio.wait({self._opening})
+            if not self._opening.cancelled():
+                self._opening.result()
+        if self._transport is None:
             raise ConnectionAbortedError(f"the client of {self._where} was closed")
-        if self._transport is not None:
-            return
-        if self._opening is None or self._opening.done():
-            self._opening = asyncio.get_running_loop().create_task(self._connect())
-        await asyncio.shield(self._opening)
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
@@ -104,6 +105,9 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
     def error_received(self, exc: Exception) -> None:
         """An ICMP error may be forged, so that it is not final."""
         self._errors += 1
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.close()
 
     def _expire(self, now: float) -> None:
         self._finish(*self._requester.expire(now))

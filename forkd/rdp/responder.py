@@ -51,6 +51,7 @@ class Responder:
         self._kept = 0  # bytes of answers
         self._arriving: Counter[object] = Counter()  # bytes announced by requests that are not whole, for each host
         self._arriving_in_all = 0
+        self._unfinished: set[int] = set()
         self.draining = False
 
     @property
@@ -61,11 +62,7 @@ class Responder:
     @property
     def unfinished(self) -> int:
         """Exchanges whose request arrives or runs, or whose answer of several parts is under way."""
-        return sum(
-            (one.outgoing is None and not one.failed)
-            or (one.outgoing is not None and one.outgoing.count > 1 and not one.outgoing.exhausted)
-            for one in self._live.values()
-        )
+        return len(self._unfinished)
 
     def __len__(self) -> int:
         """How many exchanges are remembered."""
@@ -102,12 +99,15 @@ class Responder:
         outgoing = exchange.answer(payload, self._timers, self._random)
         exchange.expiry = now + self._timers.exchange_lifetime
         self._kept += len(payload)
+        if outgoing.count == 1:
+            self._unfinished.discard(key)
         return self._send(exchange, exchange.send(now, outgoing))
 
     def fail(self, now: float, key: int) -> Packets:
         """The request was run and has no answer."""
         exchange = self._live[key]
         exchange.failed, exchange.acknowledge_at = True, None
+        self._unfinished.discard(key)
         exchange.expiry = now + self._timers.exchange_lifetime
         return self._send(exchange, exchange.refused())
 
@@ -126,7 +126,9 @@ class Responder:
                 packets += [(packet, exchange.peer) for packet in exchange.received()]
             if outgoing is not None and outgoing.deadline is not None and now >= outgoing.deadline:
                 outgoing.expire(now)
-                if not outgoing.exhausted:
+                if outgoing.exhausted:
+                    self._unfinished.discard(key)
+                else:
                     packets += [(packet, exchange.peer) for packet in exchange.send(now, outgoing)]
             if exchange.running and now >= exchange.expiry:
                 exchange.expiry = now + self._timers.exchange_lifetime
@@ -155,6 +157,7 @@ class Responder:
 
     def _begin(self, key: int, packet: Data, peer: Peer) -> Exchange:
         exchange = self._live[key] = Exchange(key, packet, peer)
+        self._unfinished.add(key)
         if exchange.count > 1:
             self._arriving_in_all += packet.length
             self._arriving[_host(peer)] += packet.length
@@ -226,6 +229,7 @@ class Responder:
         if exchange.outgoing is not None:
             self._kept -= len(exchange.outgoing.payload)
         del self._live[exchange.key]
+        self._unfinished.discard(exchange.key)
         self._alarms.forget(exchange.key)
 
 
