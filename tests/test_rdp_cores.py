@@ -120,12 +120,14 @@ def test_a_request_of_several_parts_survives_a_server_that_dies_before_it_is_who
     assert network.answers() == {7: LONG}
 
 
-def test_a_handler_that_never_ends_does_not_hold_the_client_beyond_the_bound() -> None:
-    network = Network(takes=1e9)
+@pytest.mark.parametrize("patience", [None, 20.0])
+def test_a_handler_that_never_ends_does_not_hold_the_client_beyond_the_bound(patience: float | None) -> None:
+    network = Network(takes=1e9, timers=Timers(patience=patience))
     network.request(7, b"hello")
     network.run(1000)
     (ended,) = network.ended
-    assert (ended.answer, ended.reason, ended.seconds) == (None, None, pytest.approx(247))
+    assert (ended.answer, ended.reason, ended.seconds) == (None, None, pytest.approx(patience or 247))
+    assert max(at for at, _ in network.sent("client")) < (patience or 247)
 
 
 @pytest.mark.parametrize("payload", [b"hello", LONG])
@@ -318,6 +320,55 @@ def test_an_answer_of_several_parts_is_unfinished_until_it_is_taken_or_was_tried
     network.run(network.timers.max_transmit_wait + 1)
     assert network.responder.unfinished == 0
     assert network.answers() == {7: LONG}
+
+
+def test_a_repeated_request_has_its_answer_repeated_at_once_and_is_remembered_from_then_on() -> None:
+    responder = server()
+    _, request = responder.receive(0, single(7), PEER)
+    assert request is not None
+    ((answer, _),) = responder.answer(0, request.key, b"hi")
+    assert responder.receive(0.1, single(7), PEER) == ([answer], None)
+    assert responder.receive(200, single(7), PEER) == ([answer], None)
+    responder.expire(200 + EXACT.exchange_lifetime - 1)
+    assert responder.receive(200 + EXACT.exchange_lifetime - 1, single(7), PEER) == ([answer], None)
+
+
+def test_who_does_not_know_the_token_takes_no_answer_and_shows_nothing() -> None:
+    responder = server()
+    _, request = responder.receive(0, single(7), PEER)
+    assert request is not None
+    (question,) = [decode(packet) for packet, _ in responder.answer(0, request.key, LONG)]
+    assert isinstance(question, State)
+    assert question.prove
+    assert responder.receive(0, encode(State(TAKEN, 7, question.token ^ 1, 0, 0)), PEER) == ([], None)
+    packets, _ = responder.receive(0, encode(State(TAKEN, 7, question.token, 0, 0)), PEER)
+    assert [decode(packet).kind for packet in packets] == [ANSWER] * 5  # type: ignore[union-attr]
+
+
+def test_a_part_of_another_length_or_of_another_server_is_not_mixed_in() -> None:
+    network = Network()
+    (challenge,) = map(decode, network.responder.receive(0, single(7, LONG), PEER)[0])
+    token = challenge.token  # type: ignore[union-attr]
+    network.responder.receive(0, single(7, LONG, token), PEER)
+    assert network.responder.receive(0, single(7, LONG + b"!", token), PEER) == ([], None)
+    network.requester.start(0, 8, b"hello")
+    parts = [encode(Data(ANSWER, 8, 5, PART + 1, number, bytes(size))) for number, size in [(0, PART), (1, 1)]]
+    assert len(network.requester.receive(0, parts[0])[0]) == 1
+    for token, length in [(6, PART + 1), (5, PART + 2)]:
+        other = encode(Data(ANSWER, 8, token, length, 1, bytes(length - PART)))
+        assert network.requester.receive(0, other) == ([], [])
+    packets, (ended,) = network.requester.receive(0, parts[1])
+    assert ended.answer == bytes(PART + 1)
+    assert network.requester.receive(1, parts[1]) == (packets, [])  # repeated: acknowledged again
+
+
+def test_a_server_without_the_request_does_not_lead_its_client_astray_from_the_one_that_runs_it() -> None:
+    network = Network(takes=3.0)
+    network.request(7, b"hello")
+    network.run(1)
+    assert network.requester.receive(1, encode(State(RECEIVED, 7, 12345, 0, 0, prove=True))) == ([], [])
+    network.run(10)
+    assert network.answers() == {7: b"hello"}
 
 
 @given(st.lists(st.binary(max_size=60), max_size=20))

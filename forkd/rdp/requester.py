@@ -147,8 +147,8 @@ class Requester:
 
     def _received(self, now: float, call: _Call, packet: State) -> list[bytes]:
         if call.whole:
-            if call.incoming is None:
-                call.token = packet.token
+            if packet.token != call.token:  # of a server that does not have the request
+                return []
             call.arrived(now)
             return [call.taken()] if packet.prove else []
         known, call.token = call.token, packet.token
