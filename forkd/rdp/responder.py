@@ -200,6 +200,7 @@ class Responder:
         outgoing = exchange.outgoing
         if outgoing is None:
             return exchange.refused() if exchange.failed else exchange.received()
+        exchange.expiry = now + self._timers.exchange_lifetime
         progress = outgoing.acknowledge(now, packet.first_missing, packet.ahead)
         if outgoing.done:
             self._forget(exchange)
