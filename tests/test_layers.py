@@ -23,7 +23,7 @@ ROWS = [
     ["errors", "signals", "states", "wire"],
     ["config"],
     ["system"],
-    ["builtin", "client", "drain", "ended", "framing"],
+    ["builtin", "client", "drain", "ended", "framing", "rdp"],
     ["master", "serve"],
     ["app"],
     ["cli"],
@@ -118,6 +118,12 @@ def test_a_client_need_not_load_asyncio_nor_anything_of_the_daemon() -> None:
     assert found & {"asyncio", "ssl", "_ssl", "yaml"} == set()
 
 
+def test_the_blocking_client_of_reliable_requests_loads_no_asyncio() -> None:
+    found = loaded("from forkd.rdp import GaveUp, RdpClient")
+    assert "forkd.rdp.client" in found
+    assert [module for module in found if module.startswith(("asyncio", "ssl", "forkd.config", "forkd.system"))] == []
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["start", "--help"], ["--version"], ["stert"]])
 def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> None:
     program = (
@@ -137,10 +143,10 @@ def test_one_client_costs_neither_a_master_nor_what_makes_a_daemon() -> None:
 
 
 def test_only_one_module_imports_what_a_user_names() -> None:
-    """`cli.parser`, `cli.look` and `cli.call` import forkd's own modules and shtab late, by names of their own."""
+    """`cli.parser`, `cli.look` and `rdp` import forkd's own modules and shtab late, by names of their own."""
     text = {module: path.read_text() for module, path in MODULES.items()}
     late = {module for module, source in text.items() if "import_module" in source or "__import__" in source}
-    assert late == {"forkd.serve.handlers.load", "forkd.cli.parser", "forkd.cli.look", "forkd.cli.call"}
+    assert late == {"forkd.serve.handlers.load", "forkd.cli.parser", "forkd.cli.look", "forkd.rdp"}
 
 
 def test_only_the_places_that_are_known_for_it_fork() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 import socket
 import sys
 from time import monotonic
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from forkd.cli.exchange import LARGEST, Failed, Tries, ask, exchange
 from forkd.config.address import Address, parse_address
@@ -49,7 +48,7 @@ def call(command: argparse.Namespace) -> int:
         raise UsageError(f"--rdp goes over udp://HOST:PORT, not to {place.text}")
     request = _request(command)
     if command.rdp:
-        answer = _call_reliably(place, request, timeout, command.retries)
+        answer = _call_reliably(place, request, timeout, total, command.retries)
     else:
         tries = Tries(
             retries=command.retries if command.retries is not None else DATAGRAM_RETRIES if place.datagrams else 0,
@@ -76,13 +75,19 @@ def _ask(place: Place, request: bytes, tries: Tries) -> bytes:
     return ask([(family, where) for family, _, _, _, where in found], request, tries)
 
 
-def _call_reliably(place: Place, request: bytes, timeout: float | None, retries: int | None) -> bytes:
-    rdp: Any = importlib.import_module("forkd.rdp")
+def _call_reliably(
+    place: Place, request: bytes, timeout: float | None, total: float | None, retries: int | None
+) -> bytes:
+    from forkd.rdp import GaveUp, RdpClient, Timers  # noqa: PLC0415 (who calls otherwise does not pay for it)
+
+    host, port = place.address.host, place.address.port
     try:
-        with rdp.RdpClient(place.address.host, place.address.port, timeout=timeout, retries=retries) as client:
-            return bytes(client.request(request))
-    except rdp.GaveUp as error:
+        with RdpClient(host, port, timeout=timeout, retries=retries, timers=Timers(patience=total)) as client:
+            return client.request(request)
+    except GaveUp as error:
         _give_up(place, error.tries, error.seconds, "no answer")
+    except ValueError as error:
+        raise UsageError(f"--rdp: {error}") from None
     except OSError as error:
         raise ForkdError(f"{place.text} can't be asked: {error.strerror or error}") from None
 

@@ -1,0 +1,274 @@
+"""Reliable requests over real sockets: on a clean path, through a relay that loses packets, and to nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+import pytest
+from handlers.reliable import TIMERS
+
+from forkd.rdp import AsyncRdpClient, Busy, Failed, GaveUp, Limits, RdpClient, ReliableDatagram, Timers, TooLarge
+from forkd.rdp.packets import AHEAD, PART, REQUEST, Data, encode
+
+HERE = Path(__file__).parent
+PATIENT = Timers(ack_timeout=0.2, max_retransmit=8)
+
+
+@contextmanager
+def program(*arguments: object) -> Iterator[tuple[int, list[str]]]:
+    """Runs a program that prints its port first, until its input is closed; gives what else it printed afterwards."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        rest: list[str] = []
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline()), rest
+            rest += process.communicate(timeout=20)[0].splitlines()
+        finally:
+            process.kill()
+    assert process.returncode == 0, rest
+
+
+@pytest.fixture
+def server() -> Iterator[int]:
+    """The port of a server of `handlers.reliable:service`; nothing is known here of what serves it."""
+    with program(HERE / "handlers" / "reliable.py") as (port, rest):
+        yield port
+    assert [line for line in rest if "as it was asked to" not in line] == []
+
+
+@pytest.fixture
+def relay(server: int) -> Iterator[int]:
+    """The port of a bad path to the server."""
+    with program(HERE / "relay.py", server, 20) as (port, rest):
+        yield port
+    assert rest == []
+
+
+def right(payload: bytes, answer: bytes) -> bool:
+    return answer == hashlib.sha256(payload).digest() + payload
+
+
+def counts(port: int) -> tuple[int, int]:
+    """How many requests the server ran, and how often at most."""
+    with RdpClient("127.0.0.1", port, timers=PATIENT) as client:
+        ran, most = json.loads(client.request(b"count"))
+    return ran, most
+
+
+async def many(port: int, number: int, *, clients: int = 8, at_once: int = 160) -> list[float]:
+    """Sends that many requests through several sockets; the times of those that were given up."""
+    random = Random(4)
+    payloads = iter([bytes([n % 10]) + random.randbytes(random.choice([8, 40, 400, 3000])) for n in range(number)])
+    given_up: list[float] = []
+
+    async def one_after_the_other(client: AsyncRdpClient) -> None:
+        for payload in payloads:
+            begun = monotonic()
+            try:
+                assert right(payload, await client.request(payload))
+            except GaveUp:
+                given_up.append(monotonic() - begun)
+
+    async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+        ends = [AsyncRdpClient("127.0.0.1", port, timers=TIMERS) for _ in range(clients)]
+        tasks = [group.create_task(one_after_the_other(ends[n % clients])) for n in range(at_once)]
+        await asyncio.wait(tasks)
+        for end in ends:
+            end.close()
+    return given_up
+
+
+def test_ten_thousand_requests_over_a_bad_path_are_answered_or_given_up_and_run_at_most_once(
+    server: int, relay: int
+) -> None:
+    number = 10_000
+    given_up = asyncio.run(many(relay, number))
+    assert len(given_up) <= number / 100
+    assert max(given_up, default=0) < TIMERS.bound + 5
+    ran, most = counts(server)
+    assert most == 1
+    assert number - len(given_up) <= ran <= number
+
+
+@pytest.mark.parametrize("way", ["clean", "bad"])
+def test_a_megabyte_comes_through_whole_both_ways(server: int, relay: int, way: str) -> None:
+    payload = Random(1).randbytes(1 << 20)
+    with RdpClient("127.0.0.1", server if way == "clean" else relay, timers=TIMERS) as client:
+        assert right(payload, client.request(payload))
+    assert counts(server) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"hello", b"\0 slow", bytes(PART), bytes(PART + 1), b"x" * PART * (AHEAD + 3)]
+)
+def test_payloads_of_every_size_by_both_clients(server: int, payload: bytes) -> None:
+    with RdpClient("localhost", server, timers=PATIENT) as client:
+        assert right(payload, client.request(payload))
+
+    async def asynchronous() -> None:
+        async with AsyncRdpClient("127.0.0.1", server, timers=PATIENT) as client:
+            both = await asyncio.gather(client.request(payload), client.request(payload + b"!"))
+            assert right(payload, both[0])
+            assert right(payload + b"!", both[1])
+
+    asyncio.run(asynchronous())
+    assert counts(server) == (3, 1)
+
+
+def test_a_handler_that_fails_is_told_at_once(server: int) -> None:
+    with RdpClient("127.0.0.1", server, timers=PATIENT) as client, pytest.raises(Failed, match="handler failed"):
+        client.request(b"fail")
+    assert counts(server) == (1, 1)
+
+
+def test_nobody_who_listens_is_given_up_with_tries_and_time_and_mentioned() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unbound:
+        unbound.bind(("127.0.0.1", 0))
+        port = unbound.getsockname()[1]
+        begun = monotonic()
+        with RdpClient("127.0.0.1", port, timeout=0.02, retries=3) as client, pytest.raises(GaveUp) as silent:
+            client.request(b"hello")
+        assert silent.value.tries == 4
+        assert 0.3 <= silent.value.seconds <= monotonic() - begun
+        assert str(silent.value) == f"no answer from 127.0.0.1:{port} after 4 tries in {silent.value.seconds:.1f} s"
+    with (
+        RdpClient("127.0.0.1", port, timeout=0.02, retries=3) as client,
+        pytest.raises(GaveUp, match="listens") as gone,
+    ):
+        client.request(b"hello")
+    assert gone.value.tries == 4
+
+    async def asynchronous() -> None:
+        async with AsyncRdpClient("127.0.0.1", port, timeout=0.02, retries=1) as client:
+            with pytest.raises(GaveUp, match=r"after 2 tries .*listens"):
+                await client.request(b"hello")
+
+    asyncio.run(asynchronous())
+
+
+async def serve(
+    handler: Callable[..., object], **more: object
+) -> tuple[asyncio.DatagramTransport, ReliableDatagram, int]:
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.create_datagram_endpoint(
+        lambda: ReliableDatagram(handler, **more),  # type: ignore[arg-type]
+        local_addr=("127.0.0.1", 0),
+    )
+    return transport, protocol, transport.get_extra_info("sockname")[1]
+
+
+def test_what_is_refused_has_an_error_of_its_own() -> None:
+    async def run() -> None:
+        transport, _, port = await serve(lambda payload, peer: payload * 10, limits=Limits(request=10, exchanges=0))
+        async with AsyncRdpClient("127.0.0.1", port, timers=PATIENT) as client:
+            with pytest.raises(TooLarge, match=f"127.0.0.1:{port}"):
+                await client.request(bytes(11))
+            with pytest.raises(Busy):
+                await client.request(bytes(10))
+        transport.close()
+        transport, _, port = await serve(lambda payload, peer: payload * 10)
+        async with AsyncRdpClient("127.0.0.1", port, timers=PATIENT, limit=99) as client:
+            with pytest.raises(TooLarge):
+                await client.request(bytes(10))
+            assert await client.request(bytes(9)) == bytes(90)
+        transport.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("answer", ["text", None, bytes(100)])
+def test_what_is_no_answer_is_reported_and_the_client_told(answer: object) -> None:
+    reports: list[str] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(str(context["exception"])))
+        transport, _, port = await serve(lambda payload, peer: answer, limits=Limits(answer=99))
+        async with AsyncRdpClient("127.0.0.1", port, timers=PATIENT) as client:
+            with pytest.raises(Failed):
+                await client.request(b"hello")
+        transport.close()
+
+    asyncio.run(run())
+    (report,) = reports
+    assert "bytes" in report
+
+
+def test_a_server_that_drains_answers_what_has_arrived_and_its_task_ends() -> None:
+    async def run() -> None:
+        go, begun = asyncio.Event(), asyncio.Event()
+
+        async def handler(payload: bytes, _peer: object) -> bytes:
+            begun.set()
+            await go.wait()
+            return payload
+
+        before = asyncio.all_tasks()
+        transport, protocol, port = await serve(handler)
+        client = AsyncRdpClient("127.0.0.1", port, timeout=0.02, retries=2)
+        old = asyncio.create_task(client.request(b"old"))
+        await begun.wait()
+        protocol.shutdown()
+        with pytest.raises(GaveUp):
+            await client.request(b"new")
+        lasting = asyncio.all_tasks() - before - {old}
+        assert lasting
+        go.set()
+        assert await old == b"old"
+        async with asyncio.timeout(20):
+            await asyncio.wait(lasting)
+        client.close()
+        with pytest.raises(ConnectionAbortedError):
+            await client.request(b"closed")
+        transport.close()
+
+    asyncio.run(run())
+
+
+def test_closing_the_client_ends_its_requests() -> None:
+    async def run() -> None:
+        transport, _, port = await serve(lambda payload, peer: asyncio.sleep(1000))
+        client = AsyncRdpClient("127.0.0.1", port, timers=PATIENT)
+        waiting = asyncio.create_task(client.request(b"hello"))
+        await client.__aenter__()
+        client.close()
+        with pytest.raises(ConnectionAbortedError):
+            await waiting
+        transport.close()
+
+    asyncio.run(run())
+    gc.collect()
+
+
+def test_a_repeated_answer_is_acknowledged_again_by_the_next_request_and_by_the_close() -> None:
+    """The server is played by the test, which has not heard that its answer was taken."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as played:
+        played.bind(("127.0.0.1", 0))
+        played.settimeout(20)
+        with RdpClient("127.0.0.1", played.getsockname()[1], timeout=5) as client:
+            client._send(client._requester.start(monotonic(), 7, b"hello"))
+            _, peer = played.recvfrom(2048)
+            answer = encode(Data(REQUEST + 2, 7, 9, 2, 0, b"hi"))
+            played.sendto(answer, peer)
+            while not (ended := client._wait()):
+                pass
+            assert ended[0].answer == b"hi"
+            taken = played.recv(2048)
+            played.sendto(answer, peer)
+        assert played.recv(2048) == taken
