@@ -27,6 +27,9 @@ class Field(IntEnum):
     CLOSED = auto()
     ERRORS = auto()  # exceptions out of handlers
     LAG = auto()  # how late the loop's last heartbeat was
+    DATAGRAMS_IN = auto()
+    DATAGRAMS_OUT = auto()
+    DATAGRAMS_DROPPED = auto()  # that were to be sent, when too many were unsent already
 
 
 #: The load of a row whose worker takes no clients: more than any worker's, so the least load never is its.
