@@ -63,11 +63,28 @@ def _status_text(found: dict[str, Any]) -> str:
     )
     lines.append("")
     lines += _table(["LISTENER", "HANDLER"], [[item["address"], item["handler"]] for item in found["listeners"]])
+    lines += _datagrams(found)
     if found["deaths"]:
         head = ["DEATH", "WORKER", "PID", "AGE", "CLIENTS", "MEMORY", "CAUSE"]
         lines += ["", *_table(head, [_death(death) for death in found["deaths"]])]
         lines += _last_words(found["deaths"])
     return "\n".join(lines)
+
+
+def _datagrams(found: dict[str, Any]) -> list[str]:
+    """What came and went as datagrams, where there are listeners for them."""
+    listeners = [item for item in found["listeners"] if "dropped" in item]
+    if not listeners:
+        return []
+    counts = [[w["slot"], w["pid"], *(w["datagrams"][key] for key in _COUNTS)] for w in found["workers"]]
+    lines = [
+        "",
+        *_table(["DATAGRAMS", "DROPPED BY THE KERNEL"], [[one["address"], one["dropped"]] for one in listeners]),
+    ]
+    return [*lines, "", *_table(["WORKER", "PID", "RECEIVED", "SENT", "SENDS DROPPED"], counts)]
+
+
+_COUNTS = ("received", "sent", "dropped")
 
 
 def _death(death: dict[str, Any]) -> list[Any]:

@@ -10,8 +10,10 @@ from forkd import __version__
 from forkd.master.spawn import HELPER, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
+from forkd.system.datagrams import drops_of
 from forkd.system.logs import escaped
 from forkd.system.scoreboard import Field
+from forkd.system.sockets import BoundListener
 
 
 def status(state: State, change: str) -> dict[str, Any]:
@@ -41,10 +43,7 @@ def status(state: State, change: str) -> dict[str, Any]:
         "boot_timeout": settings.boot_timeout,
         "serving": len(serving),
         "workers": [_worker(worker, now) for worker in workers],
-        "listeners": [
-            {"address": str(bound.address), "handler": bound.listener.handler, "backlog": bound.listener.backlog}
-            for bound in state.generation.bound
-        ],
+        "listeners": [_listener(bound) for bound in state.generation.bound],
         "deaths": list(state.crew.deaths),
     }
 
@@ -71,6 +70,14 @@ def _why_missing(state: State, slot: int, now: float) -> str:
     return f"{words} ({'the next one boots' if booting else f'the next one comes in {wait:.1f} s'})"
 
 
+def _listener(bound: BoundListener) -> dict[str, Any]:
+    found = {"address": str(bound.address), "handler": bound.listener.handler, "backlog": bound.listener.backlog}
+    if bound.address.takes_datagrams:
+        # By the kernel, because a queue was full; since its sockets were bound.
+        found["dropped"] = sum(map(drops_of, bound.sockets))
+    return found
+
+
 def _worker(worker: Worker, now: float) -> dict[str, Any]:
     row = worker.row
     return {
@@ -83,5 +90,10 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "clients": max(0, row.active),
         "accepted": row[Field.ACCEPTED],
         "errors": row[Field.ERRORS],
+        "datagrams": {
+            "received": row[Field.DATAGRAMS_IN],
+            "sent": row[Field.DATAGRAMS_OUT],
+            "dropped": row[Field.DATAGRAMS_DROPPED],
+        },
         "lag": round(row[Field.LAG] / 1e9, 6),
     }
