@@ -339,3 +339,14 @@ def test_dig_is_answered_by_a_dns_server_of_somebody_elses_library(harness: Harn
     command = ["dig", "@127.0.0.1", "-p", str(port), "+short", "+time=5", "www.example.com", "A"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert result.stdout.split() == ["192.0.2.16"]
+
+
+def test_a_number_of_workers_that_can_not_be_bound_for_changes_nothing(harness: Harness, clients: Clients) -> None:
+    daemon = who(harness, workers=2).run()
+    socks = clients(daemon, 20)
+    groups = _groups(socks)
+    result = daemon.command("scale", 300)
+    assert result.returncode == 1
+    assert "300 workers with 1 datagram sockets each are more than the 253" in result.stderr
+    assert (len(daemon.workers()), _groups(socks)) == (2, groups)
+    daemon.expect("stays at 2 workers, and can't have 300")

@@ -119,6 +119,7 @@ def test_status_as_json_has_the_whole_state(harness: Harness) -> None:
     assert [one["slot"] for one in found["workers"]] == [1, 2]
     assert found["workers"][0].keys() == {
         "slot", "pid", "generation", "state", "age", "clients", "accepted", "errors", "lag",
+        "datagrams",
     }  # fmt: skip
     assert sum(one["accepted"] for one in found["workers"]) == 1
     assert found["listeners"] == [{"address": daemon.address, "handler": "forkd.builtin:Echo", "backlog": 4096}]

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import socket
 from asyncio import trsock
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
@@ -99,7 +99,9 @@ class DatagramTransport(DatagramSending):
         self._origins: Origins | None = None
         self._receive: Callable[[int], tuple[bytes, Any]] = sock.recvfrom
         self._size = _LONGEST
+        self._waiting = None
         if sock.family == socket.AF_UNIX:
+            self._waiting = None if peer is not None else Counter()
             self._receive, self._size = self._receive_whole, _LONGEST_UNIX
         elif unwrap or (peer is None and receives_origin(sock)):
             self._origins = Origins(sock)
@@ -160,7 +162,11 @@ class DatagramTransport(DatagramSending):
         return emptied
 
     def beat(self) -> None:
-        """At each heartbeat: counts what has been noted since."""
+        """At each heartbeat: counts what has been noted since; takes what was left lying, of a socket that workers
+        share, by one that was woken for it and stands still.
+        """
+        if self._read_interest != IN and self._interest & IN:
+            self._context.run(self._batch)
         self._tell_counts(0)
         self._recent.count()
         self._told_before = 0

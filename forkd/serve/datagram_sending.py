@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio import transports
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, Protocol
@@ -22,6 +22,11 @@ from forkd.system.scoreboard import Field
 #: Bytes of unsent datagrams that are kept at most, each with so many for the keeping; what is beyond is dropped.
 MOST_UNSENT = 4 << 20
 OVERHEAD = 64
+
+#: Datagrams that are kept for one peer of a unix socket, whose queue alone decides whether it takes more; and seconds
+#: until it is tried again. The kernel tells nobody when it would (epoll(7) knows of the sender's own buffer alone).
+MOST_OF_PEER = 64
+RETRY = 0.01
 
 # As plain integers: an enumeration's members cost a look-up each.
 _IN, _OUT, _DROPPED = int(Field.DATAGRAMS_IN), int(Field.DATAGRAMS_OUT), int(Field.DATAGRAMS_DROPPED)
@@ -68,6 +73,7 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
     _unsent: deque[tuple[bytes, Any]]
     _unsent_bytes: int
     _most_unsent: int
+    _waiting: Counter[Any] | None  # of a unix socket: how many are unsent, by peer
 
     def _watch(self, interest: int) -> None:
         """Has epoll watch for this and nothing else."""
@@ -102,9 +108,9 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
             addr = self._peer
         elif addr is None:
             raise ValueError("an address is needed: the socket is connected to nobody")
-        if self._conn_lost or (self._closing and not self._unsent):
+        if self._closing:
             return
-        if self._unsent:
+        if self._unsent if self._waiting is None else self._waiting[addr]:
             self._keep(data, addr)
             return
         try:
@@ -124,32 +130,48 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
         self._note_told(addr)
 
     def _keep(self, data: Any, addr: Any) -> None:
-        size = len(data) + OVERHEAD
-        if self._unsent_bytes + size > self._most_unsent:
+        size, waiting = len(data) + OVERHEAD, self._waiting
+        if self._unsent_bytes + size > self._most_unsent or (waiting is not None and waiting[addr] >= MOST_OF_PEER):
             self._keeper.cells[_DROPPED] += 1
             return
+        if waiting is None:
+            self._watch(self._interest | OUT)
+        else:
+            waiting[addr] += 1
+            if not self._unsent:
+                self._loop.call_later(RETRY, self._flush, context=self._context)
         self._unsent.append((bytes(data), addr))
         self._unsent_bytes += size
         self._direct = False
-        self._watch(self._interest | OUT)
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _flush(self) -> None:
-        while self._unsent:
-            data, addr = self._unsent[0]
+        blocked = set()
+        for _ in range(len(self._unsent)):
+            data, addr = self._unsent.popleft()
             try:
+                if addr in blocked:
+                    raise BlockingIOError  # noqa: TRY301 (as the kernel would)
                 self._transmit(data, addr)
             except (BlockingIOError, InterruptedError):
-                break
+                if self._waiting is None:
+                    self._unsent.appendleft((data, addr))
+                    break
+                blocked.add(addr)  # those behind it, to the same peer, stay behind it
+                self._unsent.append((data, addr))
+                continue
             except OSError as error:
                 self._failed(error)
-                if not self._unsent:  # it has aborted
+                if self._conn_lost:  # it has aborted
                     return
-            self._unsent.popleft()
             self._unsent_bytes -= len(data) + OVERHEAD
+            if self._waiting is not None:
+                self._waiting -= Counter((addr,))
         self._tell_counts(0)
         self._maybe_resume_protocol()  # type: ignore[attr-defined]  # it may send in it
         if self._unsent:
+            if self._waiting is not None:
+                self._loop.call_later(RETRY, self._flush, context=self._context)
             return
         self._watch(self._interest & ~OUT)
         self._direct = self._plain and not self._closing
