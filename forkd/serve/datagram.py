@@ -3,7 +3,7 @@
 It keeps asyncio's contract, and adds to it what a daemon wants: a wake-up takes a bounded batch, what a handler raises
 is reported and ends nothing, what waits to be sent is bounded, a datagram that came cut off is dropped, and on a socket
 that is bound to every address of the machine a reply leaves from the one that the request came to. What is on the path
-of every datagram, `_batch` here and `sendto` in `datagram_sending`, is written for speed.
+of every datagram, `_ready` here and `sendto` in `datagram_sending`, is written for speed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from forkd.drain import draining
 from forkd.serve.datagram_sending import MOST_UNSENT, DatagramKeeper, DatagramSending
 from forkd.serve.loop import IN, OUT, PollLoop, Ready
 from forkd.serve.origins import Origins, receives_origin
-from forkd.serve.recent import Recent, RecentPeers
+from forkd.serve.recent import MANY, Recent, RecentPeers
 from forkd.serve.sending import HIGH_WATER, LOW_WATER
 from forkd.system.inherited import is_connected
 
@@ -90,8 +90,7 @@ class DatagramTransport(DatagramSending):
         self._unsent_bytes = 0
         self._most_unsent = min(keeper.write_limit or MOST_UNSENT, MOST_UNSENT)
         self._recent = RecentPeers(loop.time)
-        self._note_told = self._recent.told.append
-        self._told_before = 0
+        self._heard, self._note_told = self._recent.heard, self._recent.told.append
         self._cut_off = 0
         self._admit, self._unwrap = admit, unwrap
         self._stray = peer is not None  # whether datagrams of others may lie in the queue, from before the connect
@@ -121,17 +120,13 @@ class DatagramTransport(DatagramSending):
 
     # Receiving
 
-    def _ready(self, mask: int) -> None:
-        if mask & OUT and self._unsent:
-            self._flush()
-        if mask & ~OUT and self._interest & IN:
-            self._batch()
-
-    def _batch(self) -> bool:
+    def _ready(self, mask: int) -> bool:
         """Takes a batch; whether nothing is left."""
+        if mask != IN and not self._is_readable(mask):
+            return False
         receive, size, check = self._receive, self._size, self._check
-        recent = self._recent
-        before, heard, emptied = len(recent.heard), recent.heard.append, False
+        noted, emptied = self._heard, False
+        heard = noted.append
         for _ in _TURNS:
             try:
                 data, peer = receive(size)
@@ -155,21 +150,26 @@ class DatagramTransport(DatagramSending):
                 self._complain(error, "protocol.datagram_received() call failed.")
             if self._closing:
                 break
-        self._tell_counts(len(recent.heard) - before)
-        if emptied and self._stray:  # since it is connected the kernel sifts what comes
+        if len(noted) > MANY:
+            self._count()
+        if check is not None and emptied:  # what others had sent is gone, and since the connect the kernel sifts
             self._stray = False
             self._check = self._checked if self._admit or self._unwrap else None
         return emptied
+
+    def _is_readable(self, mask: int) -> bool:
+        """Sends what waits, if it is time for that; whether there is something to read, be it an error."""
+        if mask & OUT and self._unsent:
+            self._flush()
+        return bool(mask & ~OUT and self._interest & IN)
 
     def beat(self) -> None:
         """At each heartbeat: counts what has been noted since; takes what was left lying, of a socket that workers
         share, by one that was woken for it and stands still.
         """
         if self._read_interest != IN and self._interest & IN:
-            self._context.run(self._batch)
-        self._tell_counts(0)
-        self._recent.count()
-        self._told_before = 0
+            self._reader(IN)
+        self._count()
         if self._cut_off:
             words = "%s: dropped %d datagrams of more than %d bytes, which came cut off"
             log.warning(words, self._keeper.listener, self._cut_off, self._size)
@@ -177,8 +177,7 @@ class DatagramTransport(DatagramSending):
 
     def recent(self) -> list[Recent]:
         """The peers of late, at most `recent.MOST_PEERS`, with how many datagrams came and went."""
-        self._tell_counts(0)
-        self._told_before = 0
+        self._count()
         return self._recent.list()
 
     def _receive_whole(self, size: int) -> tuple[bytes, Any]:
@@ -219,7 +218,7 @@ class DatagramTransport(DatagramSending):
         if self._closing or self._finish is None:
             return
         self._rounds += 1
-        emptied = self._context.run(self._batch)
+        emptied = self._context.run(self._ready, IN)
         if not emptied and (self._rounds < _LAST_ROUNDS or self._is_deaf()):
             self._loop.call_soon(self._finish_round)
             return
@@ -244,7 +243,7 @@ class DatagramTransport(DatagramSending):
     # The end
 
     def _connection_lost(self, error: BaseException | None) -> None:
-        self._tell_counts(0)
+        self._count()
         try:
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         except (SystemExit, KeyboardInterrupt):

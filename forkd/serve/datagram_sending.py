@@ -69,7 +69,6 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
     _origins: Origins | None
     _recent: RecentPeers
     _note_told: Callable[[Any], None]
-    _told_before: int  # of those noted, how many are counted on the scoreboard
     _unsent: deque[tuple[bytes, Any]]
     _unsent_bytes: int
     _most_unsent: int
@@ -128,6 +127,8 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
         else:
             self._sendto(data, addr)
         self._note_told(addr)
+        if len(self._recent.told) > MANY:
+            self._count()
 
     def _keep(self, data: Any, addr: Any) -> None:
         size, waiting = len(data) + OVERHEAD, self._waiting
@@ -167,7 +168,6 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
             self._unsent_bytes -= len(data) + OVERHEAD
             if self._waiting is not None:
                 self._waiting -= Counter((addr,))
-        self._tell_counts(0)
         self._maybe_resume_protocol()  # type: ignore[attr-defined]  # it may send in it
         if self._unsent:
             if self._waiting is not None:
@@ -208,16 +208,12 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
         self._conn_lost += 1
         self._loop.call_soon(self._connection_lost, None, context=self._context)
 
-    def _tell_counts(self, received: int) -> None:
-        recent, cells = self._recent, self._keeper.cells
-        if received:
-            cells[_IN] += received
-        if (told := len(recent.told)) != self._told_before:
-            cells[_OUT] += told - self._told_before
-            self._told_before = told
-        if told > MANY or len(recent.heard) > MANY:
-            recent.count()
-            self._told_before = 0
+    def _count(self) -> None:
+        """Counts the datagrams that were noted since the last time, on the scoreboard too."""
+        received, sent = self._recent.count()
+        cells = self._keeper.cells
+        cells[_IN] += received
+        cells[_OUT] += sent
 
     def _failed(self, error: OSError) -> None:
         """Tells the protocol of what the kernel has said: for one, that nobody takes what was sent."""

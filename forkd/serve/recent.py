@@ -54,9 +54,10 @@ class RecentPeers:
         self._clock = clock
         self._peers: dict[Any, Recent] = {}  # in the order of their last datagram
 
-    def count(self) -> None:
-        """Counts what was noted."""
+    def count(self) -> tuple[int, int]:
+        """Counts what was noted; how many datagrams that were received, and how many sent."""
         now, peers = self._clock(), self._peers
+        totals = len(self.heard), len(self.told)
         received, sent = Counter(self.heard), Counter(self.told)
         self.heard.clear()
         self.told.clear()
@@ -65,8 +66,8 @@ class RecentPeers:
             peers[peer] = Recent(peer, before.first, now, before.received + received[peer], before.sent + sent[peer])
         while len(peers) > MOST_PEERS:
             del peers[next(iter(peers))]
+        return totals
 
     def list(self) -> list[Recent]:
-        """The peers, who was silent for longest first."""
-        self.count()
+        """The peers, as far as they are counted, who was silent for longest first."""
         return list(self._peers.values())
