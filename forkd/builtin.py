@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 
 class Echo(asyncio.Protocol):
@@ -22,3 +23,15 @@ class Echo(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._transport.resume_reading()
+
+
+class DatagramEcho(asyncio.DatagramProtocol):
+    """Sends each datagram back to where it came from (RFC 862)."""
+
+    __slots__ = ("_sendto",)
+
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]
+        self._sendto = transport.sendto
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self._sendto(data, addr)

@@ -12,7 +12,7 @@ from processes import PATIENCE
 def endpoint(address: str) -> tuple[int, Any]:
     """The family and the address, for connect(2), of an address as users write it."""
     scheme, _, rest = address.partition(":")
-    if scheme == "unix":
+    if scheme in ("unix", "unix-dgram"):
         return socket.AF_UNIX, "\0" + rest[1:] if rest.startswith("@") else rest
     host, _, port = rest.removeprefix("//").rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
@@ -29,6 +29,17 @@ def dial(address: str, seconds: float = PATIENCE) -> socket.socket:
     except OSError:
         sock.close()
         raise
+    return sock
+
+
+def datagram_client(address: str, seconds: float = PATIENCE) -> socket.socket:
+    """A datagram socket that is connected there, with a name of its own; every operation fails after so long."""
+    family, where = endpoint(address)
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.settimeout(seconds)
+    if family == socket.AF_UNIX:
+        sock.bind("")  # the kernel chooses an abstract name (unix(7), autobind)
+    sock.connect(where)
     return sock
 
 
@@ -74,13 +85,16 @@ def refuses(address: str) -> bool:
 def is_free(address: str) -> bool:
     """Whether an address could be listened on by somebody else now."""
     family, where = endpoint(address)
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    datagrams = address.startswith(("udp:", "unix-dgram:"))
+    with socket.socket(family, socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM) as sock:
+        if not datagrams:  # where it would let a datagram socket share the address
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if isinstance(where, str) and where.startswith("/"):
             return not os.path.lexists(where)
         try:
             sock.bind(where)
-            sock.listen()
+            if not datagrams:
+                sock.listen()
         except OSError:
             return False
         return True

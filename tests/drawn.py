@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from forkd.config.address import LONGEST_PATH, Address
-from forkd.config.agree import mistakes_of_once
+from forkd.config.agree import mistakes_of
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
 from forkd.config.options import Listener, Settings
 from forkd.config.scales import Rate
@@ -48,12 +48,17 @@ HOSTS = st.one_of(
 )
 PORTS = st.one_of(st.just(0), st.integers(0, 65535))
 TCP = st.builds(lambda host, port: Address("tcp", host=host, port=port), HOSTS, PORTS)
+UDP = TCP.map(lambda address: replace(address, scheme="udp"))
 ADDRESSES = st.one_of(
     TCP,
+    UDP,
     st.sampled_from(["", "0", "web", "[x]", "#"]).map(lambda name: Address("fd", path=name)),
-    st.builds(lambda first, text: Address("unix", path=first + text), st.sampled_from("/@"), TEXTS).filter(
-        lambda address: len(address.path.encode()) <= LONGEST_PATH
-    ),
+    st.builds(
+        lambda scheme, first, text: Address(scheme, path=first + text),
+        st.sampled_from(["unix", "unix-dgram"]),
+        st.sampled_from("/@"),
+        TEXTS,
+    ).filter(lambda address: len(address.path.encode()) <= LONGEST_PATH),
 )
 
 #: The values that each kind can have, by its name; whole numbers and choices say themselves what they can be.
@@ -77,6 +82,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
         r"[a-z_]{1,3}(\.[a-z_]{1,3})?:[A-Z][a-z0-9]{0,3}(\.[a-z_]{1,3})?", fullmatch=True
     ),
     "address": ADDRESSES,
+    "multicast group": st.sampled_from(["239.1.2.3", "224.0.0.251%eth0", "ff02::fb", "ff02::fb%wlan0"]),
     "tcp address": TCP.filter(lambda address: address.port > 0),
     "network": st.ip_addresses().map(ipaddress.ip_network) | st.sampled_from([ipaddress.ip_network("10.0.0.0/8")]),
 }
@@ -104,16 +110,21 @@ def section(declared: type) -> st.SearchStrategy[Any]:
 
 
 def fitting(listener: Listener) -> Listener:
-    """A listener without the file options where there is no file."""
-    if listener.address.scheme == "unix" and not listener.address.abstract:
+    """A listener without the file options where there is no file, and without what does not go with its address."""
+    address = listener.address
+    if address.scheme != "udp":
+        listener = replace(listener, multicast=())
+    if address.scheme != "fd" and (listener.kind == "datagram") is not address.takes_datagrams:
+        listener = replace(listener, kind="auto")
+    if address.is_unix and not address.abstract:
         return listener
     return replace(listener, mode=None, owner=None, group=None)
 
 
 def of_its_own(listener: Listener) -> object:
     """What no two listeners of a daemon share: the address, unless it is any free port."""
-    return str(listener.address) if listener.address.scheme != "tcp" or listener.address.port else object()
+    return str(listener.address) if listener.address.port or not listener.address.host else object()
 
 
 LISTENERS = st.lists(section(Listener).map(fitting), min_size=1, max_size=4, unique_by=of_its_own).map(tuple)
-SETTINGS: st.SearchStrategy[Settings] = section(Settings).filter(lambda made: not list(mistakes_of_once(made)))
+SETTINGS: st.SearchStrategy[Settings] = section(Settings).filter(lambda made: not list(mistakes_of(made)))

@@ -30,6 +30,10 @@ PATHS = st.text(string.ascii_letters + string.digits + "/._- äß日", min_size=
         ("unix:/with space", Address("unix", path="/with space")),
         ("unix:@name", Address("unix", path="@name")),
         ("unix:/" + "x" * (LONGEST_PATH - 1), Address("unix", path="/" + "x" * (LONGEST_PATH - 1))),
+        ("udp://127.0.0.1:53", Address("udp", host="127.0.0.1", port=53)),
+        ("udp://[ff02::fb%eth0]:0", Address("udp", host="ff02::fb%eth0", port=0)),
+        ("unix-dgram:/run/x.sock", Address("unix-dgram", path="/run/x.sock")),
+        ("unix-dgram:@name", Address("unix-dgram", path="@name")),
         ("fd:", Address("fd")),
         ("fd:0", Address("fd", path="0")),
         ("fd:web", Address("fd", path="web")),
@@ -44,16 +48,25 @@ def test_an_address_is_read_and_shown_as_it_was_written(text: str, address: Addr
 
 
 def test_only_a_unix_address_that_begins_with_an_at_sign_is_abstract() -> None:
-    texts = ["unix:@x", "unix:/@x", "tcp://127.0.0.1:0", "fd:@x"]
-    assert [parse_address(text).abstract for text in texts] == [True, False, False, False]
+    texts = ["unix:@x", "unix-dgram:@x", "unix:/@x", "tcp://127.0.0.1:0", "udp://127.0.0.1:0", "fd:@x"]
+    assert [parse_address(text).abstract for text in texts] == [True, True, False, False, False, False]
+
+
+def test_datagrams_come_to_udp_and_to_unix_sockets_of_that_name() -> None:
+    texts = ["udp://[::1]:1", "unix-dgram:/x", "unix-dgram:@x", "tcp://[::1]:1", "unix:/x", "fd:x"]
+    assert [parse_address(text).takes_datagrams for text in texts] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"),
-        ("nonsense", "write tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"),
-        ("udp://127.0.0.1:53", "is not an address"),
+        ("", "write tcp://HOST:PORT or udp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"),
+        ("nonsense", "write tcp://HOST:PORT or udp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name"),
+        ("udp:127.0.0.1:53", "is not an address"),
+        ("udp://127.0.0.1", "has no port; write udp://HOST:PORT"),
+        ("udp://::1:53", "as in udp://[::1]:7007"),
+        ("unix-dgram:x", "write unix-dgram: and an absolute path, or unix-dgram:@name"),
+        ("dgram:/x", "is not an address"),
         ("TCP://127.0.0.1:53", "is not an address"),
         ("tcp:127.0.0.1:80", "is not an address"),
         ("127.0.0.1:80", "did you mean tcp://127.0.0.1:80?"),
@@ -104,7 +117,9 @@ def test_what_is_no_address_is_refused_with_what_was_meant(text: str, said: str)
         st.builds(lambda host, port: f"tcp://{host}:{port}", HOSTS, PORTS),
         st.builds(lambda host, port: f"tcp://{host}:{port}", st.ip_addresses(v=4), PORTS),
         st.builds(lambda host, port: f"tcp://[{host}]:{port}", st.ip_addresses(v=6).map(ipaddress.ip_address), PORTS),
+        st.builds(lambda host, port: f"udp://{host}:{port}", HOSTS, PORTS),
         PATHS.map(lambda path: f"unix:/{path}"),
+        PATHS.map(lambda path: f"unix-dgram:/{path}"),
         PATHS.map(lambda name: f"unix:@{name}"),
         st.from_regex(r"[!-9;-~]{0,7}", fullmatch=True).map(lambda name: f"fd:{name}"),
     )
@@ -113,7 +128,7 @@ def test_every_address_is_shown_as_it_was_written(text: str) -> None:
     assert str(parse_address(text)) == text
 
 
-@given(st.one_of(st.text(), st.text("tcpunixfd:/@[]%.0123456789abcdef-")))
+@given(st.one_of(st.text(), st.text("tcpunixfdgrm:/@[]%.0123456789abcdef-")))
 def test_any_text_is_an_address_that_reads_again_or_is_refused(text: str) -> None:
     try:
         address = parse_address(text)

@@ -53,3 +53,43 @@ def test_a_network_with_bits_of_a_host_and_a_peer_without_a_port_are_told_with_w
         "3:15: once.from[0]: '10.1.2.3/8' is not a network; did you mean 10.0.0.0/8?",
         "3:40: once.rendezvous: 'tcp://[::1]:0' can't be connected to; write tcp://HOST:PORT with the other end's port",
     ]
+
+
+@pytest.mark.parametrize(
+    ("address", "more", "said"),
+    [
+        (
+            "udp://[::1]:7",
+            "kind: streams",
+            "kind: streams serves no datagrams, which come to udp://[::1]:7; it wants kind",
+        ),
+        ("unix-dgram:@x", "kind: protocol", "kind: protocol serves no datagrams, which come to unix-dgram:@x"),
+        (
+            TCP,
+            "kind: datagram",
+            f"kind: datagram serves no connections, which come to {TCP}; it wants kind: protocol or",
+        ),
+        (TCP, "multicast: [239.1.2.3]", f"multicast: groups are joined by udp listeners, and {TCP} is none"),
+        (
+            "udp://[::1]:7",
+            "multicast: [10.1.2.3]",
+            "multicast[0]: '10.1.2.3' is not a multicast group; write 239.1.2.3",
+        ),
+        (
+            "udp://[::1]:7",
+            "multicast: ['ff02::1%a b']",
+            "multicast[0]: 'ff02::1%a b': a network interface has a name of",
+        ),
+    ],
+)
+def test_settings_of_a_listener_that_do_not_go_with_its_address_are_told(
+    tmp_path: Path, address: str, more: str, said: str
+) -> None:
+    listener = f"{{address: '{address}', handler: 'a:b', {more}}}"
+    (found,) = mistakes(tmp_path, f"listen:\n- address: nonsense\n  handler: 'a:b'\n- {listener}\n")[-1:]
+    assert f"listen[1].{said}" in found
+
+
+@pytest.mark.parametrize("address", ["udp://[::1]:7", "unix-dgram:@x", "fd:"])
+def test_datagrams_may_be_served_by_what_says_so(tmp_path: Path, address: str) -> None:
+    assert mistakes(tmp_path, f"listen: [{{address: '{address}', handler: 'a:b', kind: datagram}}]\n") == []

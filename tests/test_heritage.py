@@ -102,7 +102,8 @@ def read_copy(heritage: Heritage) -> Heritage:
     for worker in plain["workers"]:
         if worker["channel"] >= 0:
             worker["channel"] = os.dup(worker["channel"])
-    plain["board"]["descriptor"] = os.dup(plain["board"]["descriptor"])
+    for memory in ("descriptor", "regions"):
+        plain["board"][memory] = os.dup(plain["board"][memory])
     found: Heritage = read(json.dumps(plain).encode())
     return found
 

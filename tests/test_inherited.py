@@ -166,10 +166,10 @@ def test_what_is_no_socket_or_of_a_kind_that_forkd_does_not_serve_is_told(tmp_pa
         assert started_with([], "take('fd:0')", pid="none", stdin=file.fileno()) == [
             "fd:0: descriptor 0 is a file, not a socket"
         ]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         assert started_with([sock], "take('fd:')") == [
-            "fd:: descriptor 3 is a socket of AF_INET SOCK_DGRAM; "
-            "forkd serves AF_INET, AF_INET6 and AF_UNIX SOCK_STREAM"
+            "fd:: descriptor 3 is a socket of AF_UNIX SOCK_SEQPACKET; "
+            "forkd serves AF_INET, AF_INET6 and AF_UNIX, SOCK_STREAM and SOCK_DGRAM"
         ]
 
 

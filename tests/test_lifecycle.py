@@ -118,7 +118,7 @@ def test_status_as_json_has_the_whole_state(harness: Harness) -> None:
     assert (found["name"], found["state"], found["wanted"], found["serving"]) == ("tested", "running", 2, 2)
     assert [one["slot"] for one in found["workers"]] == [1, 2]
     assert found["workers"][0].keys() == {
-        "slot", "pid", "generation", "state", "age", "clients", "accepted", "ended", "errors", "lag",
+        "slot", "pid", "generation", "state", "age", "clients", "accepted", "ended", "errors", "lag", "datagrams",
     }  # fmt: skip
     assert sum(one["accepted"] for one in found["workers"]) == 1
     assert found["listeners"] == [

@@ -83,7 +83,8 @@ FOUND = """\
 3:10: workers: 'no' is not a whole number
 5:14: listen[0].address: '127.0.0.1:80' has no scheme; did you mean tcp://127.0.0.1:80?
 6:14: listen[0].handler: 'chat.server' is not a handler; write module:attribute, as in chat.server:ChatProtocol
-7:5: listen[1].address: is missing; where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME (systemd's)
+7:5: listen[1].address: is missing; where to listen: tcp://HOST:PORT, udp://HOST:PORT, unix:/path, \
+unix:@name, unix-dgram: likewise, or fd:NAME (systemd's)
 8:14: listen[1].backlog: '22:22' is not a whole number
 11:11: listen[2].mode: means a unix socket's path, and tcp://127.0.0.1:0 has none
 12:28: listen[2].limits.write_buffer: '64K' is not a size; write a number with B, KB, MB, GB, KiB, MiB, GiB, as in 64KiB
@@ -290,7 +291,8 @@ def test_settings_from_the_command_line_alone_need_no_file() -> None:
     assert mistakes(None) == ["settings: listen: is missing; the listeners, each with its own handler"]
     assert mistakes(None, Override("listen", [{"address": "80", "handler": "a:b"}], "--listen 80")) == [
         "--listen 80: listen[0].address: '80' is not an address; write "
-        "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"
+        "tcp://HOST:PORT or udp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name, the same after "
+        "unix-dgram:, or fd:NAME (systemd's)"
     ]
 
 

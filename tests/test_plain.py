@@ -57,6 +57,7 @@ DEFAULTS = {
     "backlog": "4096",
     "timeouts": {"first_byte": "1m", "idle": "10m", "write": "1m", "lifetime": "off"},
     "keepalive": {"idle": "1m", "interval": "10s", "count": "6", "user_timeout": "2m", "heartbeat": "off"},
+    "multicast": [],
     "socket": {
         "nodelay": "true",
         "quickack": "false",

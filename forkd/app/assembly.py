@@ -20,7 +20,7 @@ from forkd.config.units import MOST_WORKERS
 from forkd.errors import BootError, HandlerError
 from forkd.master.control import ControlSocket
 from forkd.master.errands import Errands
-from forkd.master.generation import Generation
+from forkd.master.generation import Generation, wanted_workers
 from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
 from forkd.system.channel import Channel
@@ -117,7 +117,7 @@ def holding(settings: Settings, legacy: Legacy | None = None) -> Iterator[Held]:
     else:
         run.pid_file.adopt(legacy.lock, lent=True)
     try:
-        bound = bind_stored(settings.listen) if legacy is None else bind_all(settings.listen, legacy.bound)
+        bound = _bind(settings, legacy)
         try:
             yield Held(run, bound, legacy)
         finally:
@@ -125,6 +125,14 @@ def holding(settings: Settings, legacy: Legacy | None = None) -> Iterator[Held]:
                 listener.remove()
     finally:
         run.pid_file.remove()
+
+
+def _bind(settings: Settings, legacy: Legacy | None) -> list[BoundListener]:
+    slots = wanted_workers(settings)
+    bound = bind_stored(settings.listen, slots) if legacy is None else bind_all(settings.listen, legacy.bound, slots)
+    for listener in bound:  # one that was kept may have been bound for more workers, who serve yet, or for fewer
+        listener.fit(slots, shrink=legacy is None)
+    return bound
 
 
 @dataclass(slots=True)
@@ -185,6 +193,8 @@ class Daemon:
             settings = generation.settings
             start_logging(settings.name, settings.log.level, settings.log.form, generation.log)
             board.confine(row)
+            for bound in generation.bound:
+                bound.confine(slot)
             if not settings.preload:  # else a module may own some of those that are not known here
                 listeners = [sock.fileno() for bound in generation.bound for sock in bound.sockets]
                 kept = {0, 1, 2, generation.log, channel.fileno(), board.regions.descriptor}

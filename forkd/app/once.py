@@ -11,22 +11,27 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from forkd.app.launcher import Launcher, fork_off
 from forkd.app.whereabouts import enter_directory, log_target
+from forkd.config.address import Address
 from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError, HandlerError
-from forkd.serve.doors import Connected, Listening, is_welcome
+from forkd.serve.doors import Connected, FirstSender, Listening, is_welcome
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.once import Door, serve_one
 from forkd.serve.settle import settle
 from forkd.system.identity import find_identity
-from forkd.system.inherited import address_of, is_listening, send_at_once, take_inherited
+from forkd.system.inherited import address_of, is_connected, is_listening, send_at_once, take_inherited
 from forkd.system.logs import open_log, set_role, start_logging
 from forkd.system.pidfile import PidFile
 from forkd.system.sockets import BoundListener, bind_listener
+
+if TYPE_CHECKING:
+    from forkd.config.units import Network
 
 log = logging.getLogger("forkd.once")
 
@@ -56,6 +61,7 @@ class Entrance:
         doing: as of `Ready`; empty for a connection that is there already.
         address: as of `Ready`.
         leave: closes what a process has of it that is not to serve.
+        where: the address of an inherited socket, by which it is told what is served there.
         standard: those of 0, 1 and 2 that led to the client, and lead nowhere now.
     """
 
@@ -64,6 +70,7 @@ class Entrance:
     doing: str
     address: str
     leave: Callable[[], None] = lambda: None
+    where: Address | None = None
     standard: frozenset[int] = frozenset()
 
 
@@ -160,7 +167,11 @@ def _entrance(settings: Settings) -> Entrance:
         meeting = Rendezvous(listener.address, once.rendezvous)
         return Entrance(meeting, seat, "connecting", str(meeting.address), meeting.leave)
     bound = bind_listener(replace(listener, backlog=1))
-    return Entrance(Listening(bound, once.from_), seat, "listening", str(bound.address), bound.close)
+    return Entrance(_door(bound, once.from_), seat, "listening", str(bound.address), bound.close)
+
+
+def _door(bound: BoundListener, networks: Sequence[Network]) -> Door:
+    return FirstSender(bound, networks) if bound.address.takes_datagrams else Listening(bound, networks)
 
 
 def _inherited(settings: Settings) -> Entrance:
@@ -175,13 +186,14 @@ def _inherited(settings: Settings) -> Entrance:
         send_at_once(one.sock)
     if once.from_ and first.sock.family == socket.AF_UNIX:
         raise ForkdError(f"once.from: means where a tcp client comes from, and {listener.address} is a unix socket")
-    if is_listening(first.sock):
+    if is_listening(first.sock) or (first.sock.type == socket.SOCK_DGRAM and not is_connected(first.sock)):
         bound = BoundListener(listener, address_of(first.sock), [one.sock for one in found])
-        door: Door = Listening(bound, once.from_)
-        return Entrance(door, seat, "listening", str(bound.address), standard=standard)
+        return Entrance(
+            _door(bound, once.from_), seat, "listening", str(bound.address), where=bound.address, standard=standard
+        )
     if once.from_ and not is_welcome(peer := first.sock.getpeername(), once.from_):
         raise ForkdError(f"turned away {peer[0]}, which is not of once.from")
-    return Entrance(Connected(first.sock), seat, "", "", standard=standard)
+    return Entrance(Connected(first.sock), seat, "", "", where=address_of(first.sock), standard=standard)
 
 
 def _detached(settings: Settings, entrance: Entrance, descriptor: int, launcher: Launcher) -> int:
@@ -214,7 +226,7 @@ def _serve(settings: Settings, entrance: Entrance, on_ready: Callable[[Ready], N
         identity = find_identity(settings)
         with _pid_file(settings) as write_pid:
             settle(settings, identity)  # as a worker does: nothing of the user's runs as who started it
-            handler = _handler(settings)
+            handler = _handler(settings, entrance.where)
 
             def ready() -> None:
                 write_pid()
@@ -225,8 +237,8 @@ def _serve(settings: Settings, entrance: Entrance, on_ready: Callable[[Ready], N
         entrance.door.close()
 
 
-def _handler(settings: Settings) -> Handler:
-    handler = next(import_handlers(settings))
+def _handler(settings: Settings, where: Address | None) -> Handler:
+    handler = next(import_handlers(settings, [] if where is None else [where]))
     if isinstance(handler, HandlerError):
         raise handler
     return handler

@@ -17,7 +17,7 @@ from forkd.config.options import Settings
 from forkd.config.plain import to_plain
 from forkd.errors import ForkdError
 from forkd.master.change import DIFF
-from forkd.master.generation import Generation
+from forkd.master.generation import Generation, wanted_workers
 from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
 from forkd.system.limits import raise_limits
@@ -60,7 +60,7 @@ def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[
         _say(channel, {"event": "settings", "settings": to_plain(settings), "identity": identity.plain()})
         for place, kept in enumerate(match_listeners(settings.listen, present.bound)):
             if kept is None:
-                bound = bind_listener(settings.listen[place])
+                bound = bind_listener(settings.listen[place], wanted_workers(settings))
                 message = {"event": "bound", "place": place, **bound.described()}
                 _say(channel, message, [sock.fileno() for sock in bound.sockets])
     except (ForkdError, OSError) as error:

@@ -7,8 +7,9 @@ import os
 import re
 import socket
 import sys
+from math import inf
 from time import monotonic
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from forkd.cli.exchange import LARGEST, Failed, Tries, ask, exchange
 from forkd.config.address import Address, parse_address
@@ -23,49 +24,35 @@ _FORMS = "tcp://HOST:PORT, unix:/path, unix:@name, udp://HOST:PORT, unix-dgram:/
 _ESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t", "0": b"\0", "\\": b"\\"}
 
 
-class Place(NamedTuple):
-    """Where a request goes to.
-
-    Attributes:
-        text: as it was written.
-        address: the address; its scheme is tcp or unix for datagrams too.
-        datagrams: whether they are meant.
-    """
-
-    text: str
-    address: Address
-    datagrams: bool
-
-
 def call(command: argparse.Namespace) -> int:
     """`forkd call`."""
     place = _parse_place(command.address)
     timeout, total = (_duration(command, name) for name in ("timeout", "deadline"))
-    if command.until is not None and (place.datagrams or command.rdp):
+    if command.until is not None and (place.takes_datagrams or command.rdp):
         raise UsageError("--until is for streams; a datagram's answer is one datagram")
     until = None if command.until is None else _unescape(command.until)
-    if command.rdp and not (place.datagrams and place.address.scheme == "tcp"):
-        raise UsageError(f"--rdp goes over udp://HOST:PORT, not to {place.text}")
+    if command.rdp and place.scheme != "udp":
+        raise UsageError(f"--rdp goes over udp://HOST:PORT, not to {place}")
     request = _request(command)
     if command.rdp:
         answer = _call_reliably(place, request, timeout, total, command.retries)
     else:
+        retries, patience = (DATAGRAM_RETRIES, inf) if place.takes_datagrams else (0, TOTAL)
         tries = Tries(
-            retries=command.retries if command.retries is not None else DATAGRAM_RETRIES if place.datagrams else 0,
+            retries=retries if command.retries is None else command.retries,
             timeout=timeout or TIMEOUT,
-            end=monotonic() + (total or (float("inf") if place.datagrams else TOTAL)),
+            end=monotonic() + (total or patience),
         )
         try:
-            answer = _ask(place, request, tries) if place.datagrams else exchange(place.address, request, tries, until)
+            answer = _ask(place, request, tries) if place.takes_datagrams else exchange(place, request, tries, until)
         except Failed as error:
             _give_up(place, tries.made, monotonic() - tries.began, str(error))
     _show(answer, as_hex=command.hex)
     return 0
 
 
-def _ask(place: Place, request: bytes, tries: Tries) -> bytes:
-    address = place.address
-    if address.scheme == "unix":
+def _ask(address: Address, request: bytes, tries: Tries) -> bytes:
+    if address.is_unix:
         path = "\0" + address.path[1:] if address.abstract else address.path
         return ask([(socket.AF_UNIX, path)], request, tries)
     try:
@@ -76,11 +63,11 @@ def _ask(place: Place, request: bytes, tries: Tries) -> bytes:
 
 
 def _call_reliably(
-    place: Place, request: bytes, timeout: float | None, total: float | None, retries: int | None
+    place: Address, request: bytes, timeout: float | None, total: float | None, retries: int | None
 ) -> bytes:
     from forkd.rdp import GaveUp, RdpClient, Timers  # noqa: PLC0415 (who calls otherwise does not pay for it)
 
-    host, port = place.address.host, place.address.port
+    host, port = place.host, place.port
     try:
         with RdpClient(host, port, timeout=timeout, retries=retries, timers=Timers(patience=total)) as client:
             return client.request(request)
@@ -89,39 +76,28 @@ def _call_reliably(
     except ValueError as error:
         raise UsageError(f"--rdp: {error}") from None
     except OSError as error:
-        raise ForkdError(f"{place.text} can't be asked: {error.strerror or error}") from None
+        raise ForkdError(f"{place} can't be asked: {error.strerror or error}") from None
 
 
-def _give_up(place: Place, tries: int, seconds: float, why: str) -> NoReturn:
+def _give_up(place: Address, tries: int, seconds: float, why: str) -> NoReturn:
     times = f"{tries} {'try' if tries == 1 else 'tries'}"
-    raise ForkdError(f"gave up on {place.text} after {times} in {seconds:.1f} s: {why}")
+    raise ForkdError(f"gave up on {place} after {times} in {seconds:.1f} s: {why}")
 
 
 # What is asked
 
 
-def _parse_place(text: str) -> Place:
+def _parse_place(text: str) -> Address:
     """Where `text` says. Raises UsageError."""
     try:
-        place = _parse_datagram_place(text) or Place(text, parse_address(text), datagrams=False)
+        place = parse_address(text)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if place.address.scheme not in ("tcp", "unix"):
+    if place.scheme == "fd":
         raise UsageError(f"{text!r} can't be called; write {_FORMS}")
-    if place.address.scheme == "tcp" and not place.address.port:
+    if not place.is_unix and not place.port:
         raise UsageError(f"{text!r} can't be called: port 0 is nobody's")
     return place
-
-
-def _parse_datagram_place(text: str) -> Place | None:
-    """A place that takes datagrams; None for other text. To go when `parse_address` knows these. Raises ValueError."""
-    for scheme, like in (("udp://", "tcp://"), ("unix-dgram:", "unix:")):
-        if text.startswith(scheme):
-            try:
-                return Place(text, parse_address(like + text.removeprefix(scheme)), datagrams=True)
-            except ValueError as error:
-                raise ValueError(str(error).replace(like, scheme)) from None
-    return None
 
 
 def _duration(command: argparse.Namespace, name: str) -> float | None:

@@ -70,6 +70,7 @@ def _status_text(found: dict[str, Any]) -> str:
         ["LISTENER", "HANDLER", "QUEUE", "DROPS"],
         [[item["address"], item["handler"], _queue(item), or_dash(item["drops"])] for item in found["listeners"]],
     )
+    lines += _datagrams(found)
     if found["deaths"]:
         head = ["DEATH", "WORKER", "PID", "AGE", "CLIENTS", "MEMORY", "CAUSE"]
         lines += ["", *table(head, [_death(death) for death in found["deaths"]])]
@@ -80,6 +81,18 @@ def _status_text(found: dict[str, Any]) -> str:
 def _queue(listener: dict[str, Any]) -> str:
     """How many clients wait to be accepted, of how many that may."""
     return "-" if listener["queue"] is None else f"{listener['queue']}/{listener['queue_limit']}"
+
+
+def _datagrams(found: dict[str, Any]) -> list[str]:
+    """What came and went as datagrams, where there are listeners for them."""
+    if not any(item["address"].startswith(_DATAGRAMS) for item in found["listeners"]):
+        return []
+    counts = [[w["slot"], w["pid"], *(w["datagrams"][key] for key in _COUNTS)] for w in found["workers"]]
+    return ["", *table(["WORKER", "PID", "RECEIVED", "SENT", "SENDS DROPPED"], counts)]
+
+
+_DATAGRAMS = ("udp:", "unix-dgram:")
+_COUNTS = ("received", "sent", "dropped")
 
 
 def _death(death: dict[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from forkd.config import units
 from forkd.config.load import Loaded, read_settings
-from forkd.config.options import BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
+from forkd.config.options import BUILTIN_DATAGRAM_ECHO, BUILTIN_ECHO, DEFAULT_ADDRESS, Settings
 from forkd.config.override import Override
 from forkd.errors import UsageError
 from forkd.system.identity import look_up
@@ -45,9 +45,14 @@ def _read(command: argparse.Namespace) -> Loaded:
         return read_settings(path, _overrides(command), {"name": _name(path.stem)})
     addresses = command.listen or [DEFAULT_ADDRESS]
     where = "--listen" if command.listen else handler
-    listeners = [{"address": address, "handler": handler} for address in addresses]
+    listeners = [{"address": one, "handler": handler if target else _echo(one)} for one in addresses]
     overrides = [Override("listen", listeners, where), *_overrides(command, with_listen=False)]
     return read_settings(None, overrides, {"name": _name(target) if target else "echo"})
+
+
+def _echo(address: str) -> str:
+    """The built-in echo that fits an address, which may be none."""
+    return BUILTIN_DATAGRAM_ECHO if address.startswith(("udp:", "unix-dgram:")) else BUILTIN_ECHO
 
 
 def run_directory_of(command: argparse.Namespace) -> RunDirectory:

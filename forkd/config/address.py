@@ -1,4 +1,5 @@
-"""Addresses as users write them: `tcp://HOST:PORT`, `unix:/path`, `unix:@abstract`, `fd:NAME-or-NUMBER`.
+"""Addresses as users write them: `tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:/path`, `unix:@abstract`,
+`unix-dgram:/path`, `unix-dgram:@abstract`, `fd:NAME-or-NUMBER`.
 
 Parsing only: nothing is resolved, bound or looked up here.
 """
@@ -10,15 +11,24 @@ import socket
 from dataclasses import dataclass
 from typing import Literal
 
-FORMS = "tcp://HOST:PORT (an IPv6 host in brackets), unix:/path, unix:@name or fd:NAME (systemd's)"
+FORMS = (
+    "tcp://HOST:PORT or udp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name, the same after "
+    "unix-dgram:, or fd:NAME (systemd's)"
+)
 
 #: sizeof(sockaddr_un.sun_path) less its final NUL, unix(7).
 LONGEST_PATH = 107
 
-_TCP = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})", re.ASCII)
+_INTERNET = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})", re.ASCII
+)
 
 # A name as systemd.socket(5) has it (FileDescriptorName=), but for spaces; or a number.
 _FD = re.compile(r"[0-9]{1,7}|(?![0-9]+$)[!-9;-~]{0,255}", re.ASCII)
+
+
+_INTERNET_SCHEMES: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp"}
+_UNIX_SCHEMES: dict[str, Literal["unix", "unix-dgram"]] = {"unix": "unix", "unix-dgram": "unix-dgram"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +37,13 @@ class Address:
 
     Attributes:
         scheme: the family of addresses.
-        host: for tcp, a name or a numeric address without brackets; else empty.
-        port: for tcp, 0 to 65535, 0 for any free one; else 0.
-        path: for unix, an absolute path, or `@` and the abstract name; for fd, the number or name that an inherited
-            socket has, empty for the first; else empty.
+        host: for tcp and udp, a name or a numeric address without brackets; else empty.
+        port: for tcp and udp, 0 to 65535, 0 for any free one; else 0.
+        path: for unix and unix-dgram, an absolute path, or `@` and the abstract name; for fd, the number or name that
+            an inherited socket has, empty for the first; else empty.
     """
 
-    scheme: Literal["tcp", "unix", "fd"]
+    scheme: Literal["tcp", "udp", "unix", "unix-dgram", "fd"]
     host: str = ""
     port: int = 0
     path: str = ""
@@ -41,12 +51,22 @@ class Address:
     @property
     def abstract(self) -> bool:
         """Whether it lives in Linux's abstract namespace, where no file stands for it (unix(7))."""
-        return self.scheme == "unix" and self.path.startswith("@")
+        return self.is_unix and self.path.startswith("@")
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether it is of unix(7)."""
+        return self.scheme in ("unix", "unix-dgram")
+
+    @property
+    def takes_datagrams(self) -> bool:
+        """Whether datagrams come there rather than connections; of an `fd:` address its socket alone knows."""
+        return self.scheme in ("udp", "unix-dgram")
 
     def __str__(self) -> str:
-        if self.scheme != "tcp":
+        if self.scheme not in ("tcp", "udp"):
             return f"{self.scheme}:{self.path}"
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
@@ -56,33 +76,33 @@ def parse_address(text: str) -> Address:
         ValueError: it is of none of the forms; the message says what is wanted.
     """
     scheme, separator, rest = text.partition(":")
-    if separator and scheme == "tcp" and rest.startswith("//"):
-        return _parse_tcp(text, rest[2:])
-    if separator and scheme == "unix":
-        return _parse_unix(text, rest)
+    if separator and (internet := _INTERNET_SCHEMES.get(scheme)) and rest.startswith("//"):
+        return _parse_internet(text, internet, rest[2:])
+    if separator and (unix := _UNIX_SCHEMES.get(scheme)):
+        return _parse_unix(text, unix, rest)
     if separator and scheme == "fd":
         return _parse_fd(text, rest)
-    if _TCP.fullmatch(text):
+    if _INTERNET.fullmatch(text):
         raise ValueError(f"{text!r} has no scheme; did you mean tcp://{text}?")
     if text.startswith(("/", "@")):
         raise ValueError(f"{text!r} has no scheme; did you mean unix:{text}?")
     raise ValueError(f"{text!r} is not an address; write {FORMS}")
 
 
-def _parse_tcp(text: str, rest: str) -> Address:
-    match = _TCP.fullmatch(rest)
+def _parse_internet(text: str, scheme: Literal["tcp", "udp"], rest: str) -> Address:
+    match = _INTERNET.fullmatch(rest)
     if match is None or not rest.isprintable():
         if rest.count(":") > 1 and "[" not in rest:
-            raise ValueError(f"{text!r}: an IPv6 host stands in brackets, as in tcp://[::1]:7007")
+            raise ValueError(f"{text!r}: an IPv6 host stands in brackets, as in {scheme}://[::1]:7007")
         if ":" not in rest.rpartition("]")[2]:
-            raise ValueError(f"{text!r} has no port; write tcp://HOST:PORT, with port 0 for any free one")
-        raise ValueError(f"{text!r} is not an address; write tcp://HOST:PORT, as in tcp://127.0.0.1:7007")
+            raise ValueError(f"{text!r} has no port; write {scheme}://HOST:PORT, with port 0 for any free one")
+        raise ValueError(f"{text!r} is not an address; write {scheme}://HOST:PORT, as in {scheme}://127.0.0.1:7007")
     if match["v6"] and not _is_ipv6(match["v6"]):
         raise ValueError(f"{text!r}: {match['v6']} is not an IPv6 address")
     port = int(match["port"])
     if port > 65535:
         raise ValueError(f"{text!r}: a port is at most 65535")
-    return Address("tcp", host=match["v6"] or match["host"], port=port)
+    return Address(scheme, host=match["v6"] or match["host"], port=port)
 
 
 def _is_ipv6(host: str) -> bool:
@@ -93,16 +113,16 @@ def _is_ipv6(host: str) -> bool:
     return True
 
 
-def _parse_unix(text: str, path: str) -> Address:
+def _parse_unix(text: str, scheme: Literal["unix", "unix-dgram"], path: str) -> Address:
     if len(path) < 2 or path[0] not in "/@":
-        raise ValueError(f"{text!r}: write unix: and an absolute path, or unix:@name for an abstract socket")
+        raise ValueError(f"{text!r}: write {scheme}: and an absolute path, or {scheme}:@name for an abstract socket")
     if not path.isprintable():
         raise ValueError(f"{text!r}: a unix socket's path has no NUL in it, nor anything else that can't be printed")
     if len(path.encode()) > LONGEST_PATH:
         raise ValueError(
             f"{text!r}: a unix socket's path has at most {LONGEST_PATH} bytes, this one {len(path.encode())}"
         )
-    return Address("unix", path=path)
+    return Address(scheme, path=path)
 
 
 def _parse_fd(text: str, name: str) -> Address:

@@ -10,7 +10,27 @@ from forkd.config.options import Settings
 Mistake = tuple[tuple[str | int, ...], str]
 
 
-def mistakes_of_once(settings: Settings) -> Iterator[Mistake]:
+def mistakes_of(settings: Settings) -> Iterator[Mistake]:
+    """All that is wrong."""
+    yield from _mistakes_of_listeners(settings)
+    yield from _mistakes_of_once(settings)
+
+
+def _mistakes_of_listeners(settings: Settings) -> Iterator[Mistake]:
+    for index, listener in enumerate(settings.listen):
+        address, kind = listener.address, listener.kind
+        if address.scheme != "fd" and kind != "auto" and (kind == "datagram") is not address.takes_datagrams:
+            what, wanted = (
+                ("datagrams", "kind: datagram, an asyncio.DatagramProtocol")
+                if address.takes_datagrams
+                else ("connections", "kind: protocol or streams")
+            )
+            yield ("listen", index, "kind"), f"{kind} serves no {what}, which come to {address}; it wants {wanted}"
+        if listener.multicast and address.scheme != "udp":
+            yield ("listen", index, "multicast"), f"groups are joined by udp listeners, and {address} is none"
+
+
+def _mistakes_of_once(settings: Settings) -> Iterator[Mistake]:
     """What is wrong with the settings for single-connection mode, if they are for that."""
     if settings.mode != "once":
         return
@@ -20,7 +40,7 @@ def mistakes_of_once(settings: Settings) -> Iterator[Mistake]:
     if once.fd in (1, 2):
         yield ("once", "fd"), f"{once.fd} is where forkd's own output goes; take 0, or a number from 3 on"
     address = settings.listen[0].address if settings.listen else None
-    if once.from_ and address is not None and address.scheme == "unix":
+    if once.from_ and address is not None and address.is_unix:
         yield ("once", "from"), f"means where a tcp client comes from, and {address} has none"
     if once.rendezvous is None:
         return

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from forkd.config.agree import mistakes_of_once
+from forkd.config.agree import mistakes_of
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
 from forkd.config.options import Listener, Settings
 from forkd.config.override import Override, empty_mapping, graft, made_mark
@@ -111,7 +111,9 @@ def read_graph(root: yaml.Node, reading: Loaded, base: dict[str, Any]) -> None:
         if isinstance(value, tuple):
             values[key] = tuple(item for item in value if item is not _WRONG)
     reading.settings = Settings(**{"listen": (), **values})
-    for keys, message in mistakes_of_once(reading.settings):
+    for keys, message in mistakes_of(reading.settings):
+        if len(keys) > 1 and keys[0] == "listen":  # by its place in the file, where others before it may be wrong
+            keys = ("listen", reading.listeners[int(keys[1])], *keys[2:])  # noqa: PLW2901
         reading.add(message, *keys)
 
 
@@ -271,10 +273,10 @@ def _check_listeners(listeners: Sequence[Listener], reading: Loaded) -> None:
             continue
         place = reading.places.get(("listen", index, "address"), made_mark("listen"))
         text = str(listener.address)
-        if text in at and not (listener.address.scheme == "tcp" and listener.address.port == 0):
+        if text in at and (listener.address.port or not listener.address.host):
             reading.problem(place, f"listen[{index}].address: {text} stands at listen[{at[text]}] already")
         at.setdefault(text, index)
-        if listener.address.scheme == "unix" and not listener.address.abstract:
+        if listener.address.is_unix and not listener.address.abstract:
             continue
         for key in ("mode", "owner", "group"):
             if getattr(listener, key) != default_of(Listener, key):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from forkd.config.units import Network
 
 BUILTIN_ECHO = "forkd.builtin:Echo"
+BUILTIN_DATAGRAM_ECHO = "forkd.builtin:DatagramEcho"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7007"
 
 
@@ -122,7 +123,7 @@ class Limits:
     write_buffer: int = option(
         units.SIZE,
         "Unsent bytes that one connection may hold when its handler writes again; a client that reads so little is cut "
-        "off. 0: no limit.",
+        "off. 0: no limit. Of datagrams, as many as come to 4 MiB are kept at most, and further ones are dropped.",
         64 << 20,
     )
 
@@ -132,15 +133,26 @@ class Listener:
     """One address and the handler behind it."""
 
     address: Address = option(
-        units.ADDRESS, "Where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME (systemd's)."
+        units.ADDRESS,
+        "Where to listen: tcp://HOST:PORT, udp://HOST:PORT, unix:/path, unix:@name, unix-dgram: likewise, or fd:NAME "
+        "(systemd's).",
     )
     handler: str = option(
-        units.HANDLER, "What serves each connection: an asyncio.Protocol class or factory, or a streams coroutine."
+        units.HANDLER,
+        "What serves each connection: an asyncio.Protocol class or factory, or a streams coroutine; for datagrams an "
+        "asyncio.DatagramProtocol class or factory, called once a worker.",
     )
     kind: str = option(
-        units.choice("auto", "protocol", "streams"),
-        "The handler's form; auto tells a Protocol class, a factory and a coroutine function apart.",
+        units.choice("auto", "protocol", "streams", "datagram"),
+        "The handler's form; auto tells a Protocol class, a DatagramProtocol class and a coroutine function apart, and "
+        "takes a factory for what its address wants.",
         "auto",
+    )
+    multicast: tuple[str, ...] = option(
+        ListOf(units.GROUP),
+        "Multicast groups that a udp listener joins, each with %INTERFACE where one is meant; what comes to them is "
+        "served by the first worker alone.",
+        [],
     )
     backlog: int = option(
         units.integer(1, 65535),

@@ -121,6 +121,22 @@ def parse_network(text: str) -> Network:
         raise ValueError(f"{text[:80]!r} is not a network; {wanted}") from None
 
 
+def parse_group(text: str) -> str:
+    """A multicast group of addresses, with the network interface that it is joined on behind a `%`, if any."""
+    import ipaddress  # noqa: PLC0415 (as above)
+
+    host, separator, interface = text.partition("%")
+    try:
+        fits = ipaddress.ip_address(host).is_multicast
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{text[:80]!r} is not a multicast group; write 239.1.2.3, 239.1.2.3%eth0 or ff02::fb%eth0")
+    if separator and not re.fullmatch(r"[^\s/%]{1,15}", interface):  # IFNAMSIZ of netdevice(7) less the final NUL
+        raise ValueError(f"{text[:80]!r}: a network interface has a name of at most 15 characters, as in eth0")
+    return text
+
+
 def parse_peer(text: str) -> Address:
     """An address to connect to: `tcp://HOST:PORT`, with a port."""
     address = parse_address(text)
@@ -250,6 +266,7 @@ HANDLER = Kind(
     str,
     {"type": "string", "pattern": f"^{_HANDLER}$"},
 )
-ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|unix:|fd:)"})
+ADDRESS = Kind("address", parse_address, str, {"type": "string", "pattern": "^(tcp://|udp://|unix:|unix-dgram:|fd:)"})
 NETWORK = Kind("network", parse_network, str, {"type": "string", "pattern": r"^[0-9A-Fa-f:.]+(/[0-9]+)?$"})
+GROUP = Kind("multicast group", parse_group, str, {"type": "string", "pattern": r"^[0-9A-Fa-f:.]+(%[^\s/%]{1,15})?$"})
 PEER = Kind("tcp address", parse_peer, str, {"type": "string", "pattern": "^tcp://"})

@@ -192,8 +192,20 @@ class Changes:
             bound = [one or fresh[place] for place, one in enumerate(kept)]
             log_to = self._logbook.open_for(settings, present)
             change.candidate = Generation(change.number, settings, bound, log_to, change.identity)
+            self.fit(self._state.wanted)
         except (ForkdError, KeyError) as error:
             self.fail(str(error))
+
+    def fit(self, wanted: int, *, shrink: bool = False) -> None:
+        """Binds the datagram sockets that are missing for so many workers, or for those of the candidate if they are
+        more; and lets go those that are too many, if that is meant. Raises ForkdError; then nothing is bound.
+        """
+        candidate, bound = self.generation, [*self._state.generation.bound]
+        if candidate is not None:
+            wanted = max(wanted, self._wanted(candidate.settings))
+            bound += candidate.bound
+        for one in bound:
+            one.fit(wanted, shrink=shrink)
 
     def look(self) -> None:
         """Lets the candidate take over when all of it serves; begins what has waited, when nothing is under way."""
@@ -209,6 +221,7 @@ class Changes:
             self._state.refusal = ""
             log.info("%s: done, generation %d serves", change.verb, change.number)
             self._end(change, {"ok": True, "generation": change.number, "workers": wanted})
+            self._let_go()
 
     def _take_over(self, candidate: Generation) -> None:
         """Makes a candidate the generation that serves. The one before it retires, by the next plan."""
@@ -217,6 +230,7 @@ class Changes:
         lacking = before.lacking(candidate)
         state.forsake(lacking, candidate.number)
         for bound in lacking:
+            bound.fall_silent()
             bound.remove()
         for bound in candidate.bound:
             try:
@@ -258,6 +272,12 @@ class Changes:
             self._logbook.close(change.candidate, self._state.generation)
             self._crew.slots.pop(change.number, None)
         self._end(change, {"ok": False, "error": reason, "details": details})
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Lets go the datagram sockets that were bound for what is not to be, or is no more."""
+        if self._state.mode in (Mode.STARTING, Mode.RUNNING):
+            self.fit(self._state.wanted, shrink=True)
 
     def abandon(self, kept: Generation) -> None:
         """In a worker: closes what was bound for a generation that is not its own."""

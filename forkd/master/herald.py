@@ -35,7 +35,7 @@ class Herald:
         self._status = ""
         self._next_ping = 0.0
         self._stored: Set[str] = stored_names()  # the listeners that it keeps
-        self._stored_for: Generation | None = None
+        self._stored_for: tuple[Generation, int] | None = None
 
     def tell(self, now: float, change: str) -> float | None:
         """Tells what is new.
@@ -64,9 +64,10 @@ class Herald:
         then on nothing is to be lost. Another image sends them once more, which changes nothing.
         """
         generation = self._state.generation
-        if self._state.mode is not Mode.RUNNING or generation is self._stored_for:
+        present = generation, sum(len(bound.sockets) for bound in generation.bound)
+        if self._state.mode is not Mode.RUNNING or present == self._stored_for:
             return
-        self._stored_for = generation
+        self._stored_for = present
         wanted = names_of(generation.bound)
         # In this order: it does not take a socket that it has by another name.
         for name in sorted(self._stored - wanted.keys()):

@@ -16,7 +16,7 @@ from typing import Any
 
 from forkd import signals
 from forkd.config.units import MOST_WORKERS
-from forkd.errors import BootError
+from forkd.errors import BootError, ForkdError
 from forkd.master import plan, report
 from forkd.master.change import RELOAD, UPGRADE, Changes
 from forkd.master.control import ControlSocket, Reply
@@ -178,12 +178,15 @@ class Master:
             state.forsake(state.generation.bound)
             for bound in state.generation.bound:  # whoever comes now is refused rather than left waiting
                 bound.lent = state.succeeded  # then the path is the successor's
+                if not (state.succeeded or state.notifier.listened_to):  # whoever may go on with the same sockets
+                    bound.fall_silent()
                 bound.remove()
 
     def _note_events(self) -> None:
         """The events that are states of the pool."""
         if self.state.mode is Mode.STARTING and self.state.settled():
             self._event(Event.ALL_READY)
+            self._changes.fit(self.state.wanted, shrink=True)
             self.state.errands.on_ready()
         self._changes.look()
         if not self.state.workers:
@@ -239,10 +242,19 @@ class Master:
             case Order.UPGRADE:
                 self.change(UPGRADE)
 
-    def scale(self, wanted: int, source: str) -> None:
-        """Wants another number of workers from now on."""
-        self.state.wanted = min(MOST_WORKERS, max(1, wanted))
-        log.info("wants %d workers, by %s", self.state.wanted, source)
+    def scale(self, wanted: int, source: str) -> str:
+        """Wants another number of workers from now on; or why that can't be."""
+        wanted = min(MOST_WORKERS, max(1, wanted))
+        try:
+            self._changes.fit(wanted)
+        except ForkdError as error:
+            self._changes.fit(self.state.wanted, shrink=True)  # of several listeners the first may have got its sockets
+            log.error("stays at %d workers, and can't have %d, by %s: %s", self.state.wanted, wanted, source, error)
+            return str(error)
+        self.state.wanted = wanted
+        log.info("wants %d workers, by %s", wanted, source)
+        self._changes.fit(wanted, shrink=True)
+        return ""
 
     def change(self, verb: str, reply: Reply | None = None) -> None:
         """Reloads or upgrades, or tells what a reload would change."""

@@ -126,5 +126,10 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "ended": {
             field.name.removeprefix(_ENDED).lower(): row[field] for field in Field if field.name.startswith(_ENDED)
         },
+        "datagrams": {
+            "received": row[Field.DATAGRAMS_IN],
+            "sent": row[Field.DATAGRAMS_OUT],
+            "dropped": row[Field.DATAGRAMS_DROPPED],
+        },
         "lag": round(row[Field.LAG] / 1e9, 6),
     }

@@ -35,8 +35,8 @@ class Asked(Protocol):
     def order(self, order: Order, source: str) -> None:
         """Does what a signal would."""
 
-    def scale(self, wanted: int, source: str) -> None:
-        """Wants another number of workers."""
+    def scale(self, wanted: int, source: str) -> str:
+        """Wants another number of workers; or why that can't be."""
 
     def change(self, verb: str, reply: Reply | None = None) -> None:
         """Reloads or upgrades, or tells what a reload would change."""
@@ -171,7 +171,9 @@ class Requests:
         if state.mode is not Mode.RUNNING:
             reply({"ok": False, "error": f"the daemon is {state.mode.value}"})
             return
-        master.scale(wanted, "forkd scale")
+        if why_not := master.scale(wanted, "forkd scale"):
+            reply({"ok": False, "error": why_not})
+            return
         known = state.last_failure
 
         def outcome() -> Message | None:

@@ -5,6 +5,7 @@ A third one is in `rendezvous`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from forkd.serve.accept import PAUSE, Acceptor
-from forkd.serve.loop import PollLoop
+from forkd.serve.loop import IN, PollLoop
 
 if TYPE_CHECKING:
     from forkd.config.units import Network
@@ -85,6 +86,71 @@ class Listening:
             for acceptor in self._acceptors:
                 acceptor.close()
             self._bound.remove()
+
+    def why_nobody(self) -> str:
+        """Nothing: who does not come does not say why."""
+        return ""
+
+
+class FirstSender:
+    """Datagram sockets; the first welcome sender is the client, to whom its socket is connected. What others have sent
+    until then is thrown away by who serves the socket.
+
+    Args:
+        bound: the sockets; those that nobody came to, this is to close.
+        networks: where the client may come from; empty: anywhere.
+    """
+
+    def __init__(self, bound: BoundListener, networks: Sequence[Network]) -> None:
+        self._bound = bound
+        self._networks = networks
+        self._waiting: list[socket.socket] = []
+
+    def open(self, loop: PollLoop, enter: Enter) -> None:
+        """Waits on all sockets."""
+        self._loop = loop
+        self._enter = enter
+        for sock in self._bound.sockets:
+            self._waiting.append(sock)
+            loop.selector.served[sock.fileno()] = partial(self._came, sock)
+            loop.selector.epoll.register(sock.fileno(), IN)
+
+    def _came(self, sock: socket.socket, mask: int) -> None:
+        if sock not in self._waiting:  # another one's client came in the same round
+            return
+        try:
+            peer = sock.recvfrom(1, socket.MSG_PEEK)[1]
+            if peer and (sock.family == socket.AF_UNIX or is_welcome(peer, self._networks)):
+                sock.connect(peer)
+                self._let_in(sock, peer)
+                return
+            sock.recv(1)
+        except BlockingIOError:
+            return
+        except OSError as error:  # it has gone, or can't be reached
+            log.warning("can't serve the sender: %s", error.strerror)
+            with contextlib.suppress(OSError):
+                sock.recv(1)
+            return
+        # A unix socket without a name can't be answered.
+        log.warning("turned away %s", peer or "a sender without an address")
+
+    def _let_in(self, sock: socket.socket, peer: Any) -> None:
+        self._leave()
+        self._bound.sockets.remove(sock)
+        self.close()
+        self._enter(sock, peer, -1)
+
+    def _leave(self) -> None:
+        for sock in self._waiting:
+            self._loop.selector.epoll.unregister(sock.fileno())
+            del self._loop.selector.served[sock.fileno()]
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Takes nothing of anybody else."""
+        self._leave()
+        self._bound.remove()
 
     def why_nobody(self) -> str:
         """Nothing: who does not come does not say why."""

@@ -25,7 +25,7 @@ ERR = select.EPOLLERR
 IN_EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE
 
 #: Called with epoll's event mask when a descriptor is ready.
-Ready = Callable[[int], None]
+Ready = Callable[[int], object]
 
 
 class PollSelector(selectors.EpollSelector):

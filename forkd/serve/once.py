@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from forkd import drain, signals
 from forkd.config.options import Settings
-from forkd.serve.accept import Tally
+from forkd.serve.accept import Serve, Tally
+from forkd.serve.datagrams import Datagrams
 from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
@@ -105,20 +106,25 @@ class OneClient:
         self._door = door
         self._seat = seat
         self._loop = loop
-        self._tally = Tally(Row.of_nobody())
+        row = Row.of_nobody()
+        self._tally = Tally(row)
         self._tally.on_closed = self._look_later
         loop.on_error = self._tally.failed
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
-        self._serve = host(
-            handler,
-            settings.listen[0],
-            settings.listen[0].address,
-            loop,
-            self._tally,
-            self._conversations,
-            Deadlines(loop),
-            access=settings.log.access,
-        )
+        self._datagrams = Datagrams(loop, row, lambda _: self._tally.closed())
+        if handler.form == "datagram":
+            self._serve: Serve = partial(self._serve_datagrams, handler)
+        else:
+            self._serve = host(
+                handler,
+                settings.listen[0],
+                settings.listen[0].address,
+                loop,
+                self._tally,
+                self._conversations,
+                Deadlines(loop),
+                access=settings.log.access,
+            )
         self._expiry: asyncio.TimerHandle | None = None
         self._late = False
         self._draining = False
@@ -152,6 +158,15 @@ class OneClient:
         set_title(self._settings.name, "once (serving)")
         self._tally.opened()
         self._serve(sock, peer)
+
+    def _serve_datagrams(self, handler: Handler, sock: socket.socket, peer: Any) -> None:
+        listener = self._settings.listen[0]
+        try:
+            self._datagrams.serve_socket(sock, listener, handler, str(listener.address), peer=peer)
+        except Exception as error:  # noqa: BLE001 (the handler's border)
+            sock.close()
+            self._loop.call_exception_handler({"message": "The handler could not begin.", "exception": error})
+            self._tally.closed()
 
     def _expired(self) -> None:
         self._late = True
@@ -197,19 +212,26 @@ class OneClient:
         drain.begin()
         for transport in transports_of(self._loop):
             transport.ask_to_end()
+        self._datagrams.drain(self._datagrams_end)
         self._loop.call_later(self._settings.drain_timeout, self._close)
         self._look_later()
+
+    def _datagrams_end(self) -> None:
+        if self._datagrams.settled() and self._tally.active:
+            self._tally.closed()
 
     def _close(self) -> None:
         self._door.close()
         for transport in transports_of(self._loop):
             transport.close()
+        self._datagrams.close()
         self._loop.call_later(LAST_WORDS if self._tally.active else 0, self._end)
 
     def clean_up(self) -> None:
         """After the loop has stopped: ends what still runs on it, and gives the signals back."""
         self._ended = True
         self._tally.on_closed = None
+        self._datagrams.abort()
         clean_up(self._loop, self._conversations)
         for signum in (signals.DRAIN, signal.SIGINT, signals.CLOSE):
             with contextlib.suppress(ValueError):

@@ -24,6 +24,7 @@ from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
 from forkd.serve.answers import answer
+from forkd.serve.datagrams import Datagrams
 from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
@@ -76,7 +77,7 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     if not signal_when_parent_dies(signals.DRAIN, station.master):
         return COULD_NOT_BOOT
     handlers = []
-    for handler in import_handlers(settings):
+    for handler in import_handlers(settings, [bound.address for bound in listeners]):
         if isinstance(handler, HandlerError):
             station.channel.send({"event": "failed", "reason": str(handler), "details": handler.details})
             return COULD_NOT_BOOT
@@ -90,7 +91,7 @@ def run_worker(settings: Settings, listeners: Sequence[BoundListener], board: Sc
     loop.call_soon(worker.begin, listeners, handlers)
     loop.run_forever()
     worker.clean_up()
-    return DONE
+    return worker.status
 
 
 class Worker:
@@ -104,6 +105,8 @@ class Worker:
         loop.on_error = self._tally.failed
         self._balance = Balance(loop, board, self._tally)
         self._deadlines = Deadlines(loop)
+        self._datagrams = Datagrams(loop, station.row, self._lost_socket)
+        self.status = DONE
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
         self._born = loop.time()
         self._wear = Wear(settings.recycle, random.random())  # noqa: S311
@@ -128,12 +131,22 @@ class Worker:
         self._loop.selector.epoll.register(channel.fileno(), IN)
         if self._wear.memory and (warning := self._wear.begin(resident_memory())):
             log.warning("%s", warning)
+        try:
+            for bound, handler in zip(listeners, handlers, strict=True):
+                if handler.form == "datagram":
+                    self._datagrams.serve(bound, handler)
+        except HandlerError as error:
+            channel.send({"event": "failed", "reason": str(error), "details": error.details})
+            self.status = COULD_NOT_BOOT
+            self._end()
+            return
         self._beat()
         channel.send({"event": "ready"})
         self._balance.start(
             [
                 Acceptor(self._loop, sock, self._server(bound, handler), self._balance)
                 for bound, handler in zip(listeners, handlers, strict=True)
+                if handler.form != "datagram"
                 for sock in bound.sockets
             ]
         )
@@ -159,6 +172,7 @@ class Worker:
         row[Field.LAG] = max(0, int((now - self._next_beat) * 1e9))
         self._show()
         self._balance.beat()
+        self._datagrams.beat()
         if self._fit:
             self._look_for_wear(now)
         self._next_beat = now + self._beat_every
@@ -168,9 +182,17 @@ class Worker:
         """Tells the master, once, when this worker has served enough. It serves on: the master will have it drain."""
         memory = resident_memory() if self._wear.memory else 0
         if why := self._wear.worn(self._tally.accepted, now - self._born, memory):
-            self._fit = False
-            with contextlib.suppress(ChannelClosed):  # the master is gone, of which the channel will tell
-                self._station.channel.send({"event": "worn", "why": why})
+            self._say_worn(why)
+
+    def _say_worn(self, why: str) -> None:
+        self._fit = False
+        with contextlib.suppress(ChannelClosed):  # the master is gone, of which the channel will tell
+            self._station.channel.send({"event": "worn", "why": why})
+
+    def _lost_socket(self, listener: str) -> None:
+        """A handler has closed its datagram socket: whoever sends there is for the next worker."""
+        if self._fit:
+            self._say_worn(f"its handler has closed {listener}")
 
     def _show(self) -> None:
         state = "draining, " if self._draining else ""
@@ -228,12 +250,13 @@ class Worker:
             self._tally.on_closed = self._one_less
             for transport in transports:
                 transport.ask_to_end()
+            self._datagrams.drain(self._one_less)
             self._show()
         self._loop.call_later(seconds, self.close)
         self._one_less()
 
     def _one_less(self) -> None:
-        if self._tally.active == 0:
+        if self._draining and self._tally.active == 0 and self._datagrams.settled():
             self._end()
 
     def _end(self) -> None:
@@ -251,9 +274,11 @@ class Worker:
             log.info("closes what is open: %d", self._tally.active)
         for transport in transports_of(self._loop):
             transport.close()
+        self._datagrams.close()
         self._loop.call_later(LAST_WORDS, self._end)
 
     def clean_up(self) -> None:
         """After the loop has stopped: ends what still runs on it, within bounded time."""
         self._tally.on_closed = None
+        self._datagrams.abort()
         clean_up(self._loop, self._conversations)

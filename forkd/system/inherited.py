@@ -101,24 +101,36 @@ def take_inherited(address: Address) -> list[Inherited]:
 
 
 def is_listening(sock: socket.socket) -> bool:
-    """Whether a stream socket listens; else it is, or may be, a connection."""
+    """Whether a stream socket listens; else it is, or may be, a connection. A datagram socket never does."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Whether a socket has a peer."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def address_of(sock: socket.socket) -> Address:
     """Where a socket listens, as users write it."""
     name = sock.getsockname()
+    datagrams = sock.type == socket.SOCK_DGRAM
     if sock.family != socket.AF_UNIX:
-        return Address("tcp", host=name[0], port=name[1])
+        return Address("udp" if datagrams else "tcp", host=name[0], port=name[1])
     path = os.fsdecode(name)
-    return Address("unix", path=f"@{path[1:]}" if path.startswith("\0") else path)
+    return Address("unix-dgram" if datagrams else "unix", path=f"@{path[1:]}" if path.startswith("\0") else path)
 
 
 def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
     """The listening sockets that an `fd:` address means, and where they listen. Raises ForkdError."""
     found = [one.sock for one in take_inherited(address)]
+    if len({sock.type for sock in found}) > 1:
+        raise ForkdError(f"{address}: means sockets of connections and of datagrams; give them two names")
     for sock in found:
-        if not is_listening(sock):
+        if sock.type == socket.SOCK_STREAM and not is_listening(sock):
             raise ForkdError(
                 f"{address}: does not listen, so it is a connection; a listening socket is wanted here, and "
                 "`forkd once` serves connections"
@@ -129,7 +141,7 @@ def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
 
 def send_at_once(sock: socket.socket) -> None:
     """TCP_NODELAY, which what a listener accepts inherits from it on Linux (tcp(7))."""
-    if sock.family != socket.AF_UNIX:
+    if sock.family != socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
@@ -163,9 +175,10 @@ def _wrong(number: int) -> str:
     if not stat.S_ISSOCK(mode):
         return f"descriptor {number} is {_what(mode)}, not a socket"
     with socket.socket(fileno=os.dup(number)) as sock:
-        if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
-            what = f"{_word(sock.family)} {_word(sock.type)}"
-            return f"descriptor {number} is a socket of {what}; forkd serves AF_INET, AF_INET6 and AF_UNIX SOCK_STREAM"
+        families, types = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX), (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+        if sock.type not in types or sock.family not in families:
+            served = "AF_INET, AF_INET6 and AF_UNIX, SOCK_STREAM and SOCK_DGRAM"
+            return f"descriptor {number} is a socket of {_word(sock.family)} {_word(sock.type)}; forkd serves {served}"
     return ""
 
 

@@ -31,7 +31,9 @@ class Queue(NamedTuple):
 
 
 def queue_of(sock: socket.socket) -> Queue:
-    """The accept queue of a listening socket, as it is now."""
+    """The accept queue of a listening socket, as it is now; of one for datagrams how many have found it full."""
+    if sock.type == socket.SOCK_DGRAM:
+        return Queue(None, None, _drops(sock))
     if sock.family == socket.AF_UNIX:
         with suppress(ForkdError, OSError):
             for found in unix_sockets(os.fstat(sock.fileno()).st_ino):

@@ -34,6 +34,9 @@ class Field(IntEnum):
     ENDED_HEARTBEAT = auto()
     ENDED_WRITE_BUFFER = auto()
     ENDED_KILLED = auto()
+    DATAGRAMS_IN = auto()
+    DATAGRAMS_OUT = auto()
+    DATAGRAMS_DROPPED = auto()  # that were to be sent, when too many were unsent already
 
 
 #: The load of a row whose worker takes no clients: more than any worker's, so the least load never is its.

@@ -17,9 +17,10 @@ from typing import Any
 
 from forkd.config.address import Address, parse_address
 from forkd.config.options import Listener
-from forkd.errors import AddressInUse, ForkdError
+from forkd.errors import ForkdError
 from forkd.system.accounts import find_group, find_user
-from forkd.system.holders import holder_of
+from forkd.system.datagrams import arranged, bind_group, deafen, grow_group, width_of
+from forkd.system.holders import explained, in_use
 from forkd.system.inherited import adopt_listeners, send_at_once
 from forkd.system.paths import current_umask, inode_of, is_free, take_path
 
@@ -32,7 +33,8 @@ class BoundListener:
         listener: its settings.
         address: where it really listens: with the port that the kernel chose where the settings say 0, and for an
             inherited socket where its maker has bound it.
-        sockets: one for each address that the host's name stands for; one in all other cases.
+        sockets: one for each address that the host's name stands for, of udp as many for each slot, slot by slot; one
+            in all other cases.
         inode: device and inode of a unix socket's path, else None.
         lent: whether it is another master's yet, who alone may remove its path.
     """
@@ -44,10 +46,11 @@ class BoundListener:
     lent: bool = False
 
     def places(self) -> dict[str, Any]:
-        """Where its sockets are bound, fit for JSON: the address, and family, host and port of each socket that is
-        open; of a unix one the path, an abstract one with NUL before it.
+        """Where its sockets take connections, fit for JSON: the address, and family, host and port of each socket that
+        is open; of a unix one the path, an abstract one with NUL before it.
         """
-        return {"address": str(self.address), "sockets": [_place(sock) for sock in self.sockets if sock.fileno() >= 0]}
+        listening = [] if self.address.takes_datagrams else [sock for sock in self.sockets if sock.fileno() >= 0]
+        return {"address": str(self.address), "sockets": [_place(sock) for sock in listening]}
 
     def described(self) -> dict[str, Any]:
         """All but the settings and the sockets, fit for JSON; `BoundListener.taken` makes it one again."""
@@ -76,9 +79,55 @@ class BoundListener:
         if len(descriptors) < described["sockets"]:
             raise ValueError(f"{described['wanted']} came without its sockets")
         sockets = [socket.socket(fileno=descriptors.pop(0)) for _ in range(described["sockets"])]
+        if listener.address.scheme == "udp":
+            sockets = arranged(sockets)
         device_and_inode = described["inode"]
         inode = None if device_and_inode is None else (int(device_and_inode[0]), int(device_and_inode[1]))
         return cls(listener, parse_address(described["address"]), sockets, inode, lent)
+
+    def fit(self, slots: int, *, shrink: bool = True) -> None:
+        """Binds the datagram sockets that are missing for so many slots, and lets go those that are too many, unless
+        these should stay; what lies in their queues is for the processes that have them. All generations that have this
+        listener have the same list.
+
+        Raises:
+            ForkdError: one can't be bound; then nothing has changed.
+        """
+        if self.listener.address.scheme != "udp":
+            return
+        try:
+            self.sockets += grow_group(self.sockets, slots)
+        except OSError as error:
+            raise ForkdError(f"can't bind {self.address} for {slots} workers: {error.strerror}") from None
+        if not shrink:
+            return
+        width = width_of(self.sockets)
+        going, self.sockets[slots * width :] = self.sockets[slots * width :], []
+        for sock in going:
+            with contextlib.suppress(OSError):  # then it takes part until its last copy is closed
+                deafen(sock)
+            sock.close()
+
+    def fall_silent(self) -> None:
+        """Takes no more datagrams, for the end of the daemon: who sends one is told that nobody is there."""
+        for sock in self.sockets if self.listener.address.scheme == "udp" else ():
+            with contextlib.suppress(OSError):  # as above
+                deafen(sock)
+
+    def of_slot(self, slot: int) -> list[socket.socket]:
+        """The sockets that the worker in this slot, from 1 on, serves."""
+        if self.listener.address.scheme != "udp":
+            return self.sockets
+        width = width_of(self.sockets)
+        return self.sockets[(slot - 1) * width : slot * width]
+
+    def confine(self, slot: int) -> None:
+        """In a worker: closes the sockets of the other slots."""
+        own = self.of_slot(slot)
+        for sock in self.sockets:
+            if sock not in own:
+                sock.close()
+        self.sockets = own
 
     def close(self) -> None:
         """Closes the sockets in this process; the listener lives on in others that have them."""
@@ -101,8 +150,12 @@ def _place(sock: socket.socket) -> list[Any]:
     return [sock.family, *name[:2]]
 
 
-def bind_listener(listener: Listener) -> BoundListener:
+def bind_listener(listener: Listener, slots: int = 1) -> BoundListener:
     """Binds and listens, or takes over what was inherited.
+
+    Args:
+        listener: its settings.
+        slots: how many workers there are to be, each of which has its own sockets for datagrams.
 
     Raises:
         AddressInUse: somebody else listens there; the message says who, where that can be told.
@@ -112,23 +165,27 @@ def bind_listener(listener: Listener) -> BoundListener:
     if address.scheme == "fd":
         return BoundListener(listener, *adopt_listeners(address))
     try:
-        return _bind_unix(listener) if address.scheme == "unix" else _bind_tcp(listener)
+        if address.scheme == "udp":
+            sockets = bind_group(listener, slots)
+            where = Address("udp", host=address.host, port=sockets[0].getsockname()[1])
+            return BoundListener(listener, where, sockets)
+        return _bind_unix(listener) if address.is_unix else _bind_tcp(listener)
     except UnicodeError:
         raise ForkdError(f"can't listen on {address}: {address.host!r} is no host name") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _in_use(address) from None
-        raise ForkdError(f"can't listen on {address}: {_explained(error, address)}") from None
+            raise in_use(address) from None
+        raise ForkdError(f"can't listen on {address}: {explained(error, address)}") from None
 
 
-def bind_all(listeners: Sequence[Listener], held: Sequence[BoundListener] = ()) -> list[BoundListener]:
+def bind_all(listeners: Sequence[Listener], held: Sequence[BoundListener] = (), slots: int = 1) -> list[BoundListener]:
     """Binds every listener that is not among those `held`, or none: what was bound is closed again when one can't be.
-    Raises as `bind_listener`.
+    `slots` and what it raises are as of `bind_listener`.
     """
     bound: list[BoundListener] = []
     with contextlib.ExitStack() as undo:
         for listener, kept in zip(listeners, match_listeners(listeners, held), strict=True):
-            bound.append(kept or bind_listener(listener))
+            bound.append(kept or bind_listener(listener, slots))
             if kept is None:
                 undo.callback(bound[-1].remove)
         undo.pop_all()
@@ -151,7 +208,7 @@ def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]
 
 def update_listener(bound: BoundListener) -> None:
     """Has a listener that was kept follow its new settings: backlog, and a path's mode and owner. Raises OSError."""
-    for sock in bound.sockets if bound.listener.address.scheme != "fd" else ():
+    for sock in bound.sockets if bound.listener.address.scheme in ("tcp", "unix") else ():
         sock.listen(bound.listener.backlog)
     if bound.inode is not None:
         _give(bound.listener, bound.inode)  # where there is no mode it stays as the umask of the start made it
@@ -162,7 +219,7 @@ def probe_listener(listener: Listener) -> None:
     address = listener.address
     if address.scheme == "fd":  # only the process that is started with it could tell
         return
-    if address.scheme == "tcp" or address.abstract:
+    if not address.is_unix or address.abstract:
         bind_listener(listener).remove()
         return
     directory = Path(address.path).parent
@@ -171,25 +228,7 @@ def probe_listener(listener: Listener) -> None:
         raise ForkdError(f"can't listen on {address}: {why} directory {directory}")
     _owner(listener)
     if not is_free(address.path):
-        raise _in_use(address)
-
-
-def _in_use(address: Address) -> ForkdError:
-    path = Path(address.path)
-    if address.scheme == "unix" and not address.abstract and path.is_symlink():
-        return ForkdError(f"can't listen on {address}: it is a symbolic link; remove it, or name where it leads")
-    if address.scheme == "unix" and not address.abstract and path.exists() and not path.is_socket():
-        return AddressInUse(f"{address} is in use by a file that is not a socket")
-    holder = holder_of(address)
-    return AddressInUse(f"{address} is in use" + (f" by {holder}" if holder else ""))
-
-
-def _explained(error: OSError, address: Address) -> str:
-    if error.errno == errno.EACCES and address.scheme == "tcp" and address.port < 1024:
-        return "ports below 1024 are for root, or for who has CAP_NET_BIND_SERVICE"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return f"{address.host} is no address of this machine"
-    return error.strerror or str(error)
+        raise in_use(address)
 
 
 def _bind_tcp(listener: Listener) -> BoundListener:
@@ -215,7 +254,7 @@ def _bind_tcp(listener: Listener) -> BoundListener:
 def _bind_unix(listener: Listener) -> BoundListener:
     address = listener.address
     with contextlib.ExitStack() as undo:
-        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX, _type_of(address)))
         if address.abstract:
             sock.bind("\0" + address.path[1:])
             inode = None
@@ -224,9 +263,16 @@ def _bind_unix(listener: Listener) -> BoundListener:
             inode = inode_of(address.path)
             undo.callback(Path(address.path).unlink)
             _give(listener, inode)
-        _listen(sock, listener)
+        if address.takes_datagrams:
+            sock.setblocking(False)
+        else:
+            _listen(sock, listener)
         undo.pop_all()
     return BoundListener(listener, address, [sock], inode)
+
+
+def _type_of(address: Address) -> socket.SocketKind:
+    return socket.SOCK_DGRAM if address.takes_datagrams else socket.SOCK_STREAM
 
 
 def _mode(listener: Listener) -> int:

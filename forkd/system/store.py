@@ -31,7 +31,9 @@ def names_of(listeners: Iterable[BoundListener]) -> dict[str, BoundListener]:
     alike: Counter[Address] = Counter()  # several may each want any free port
     for bound in listeners:
         wanted = bound.listener.address
-        real = bound.address.port if bound.inode is None else "-".join(map(str, bound.inode))
+        real = str(bound.address.port) if bound.inode is None else "-".join(map(str, bound.inode))
+        if wanted.scheme == "udp":  # of more or fewer sockets it is another name, for them to be sent anew
+            real += f"-{len(bound.sockets)}"
         name = f"{STORED}{quote(str(wanted), safe=_PLAIN)} {real} {alike[wanted]}"
         alike[wanted] += 1
         if wanted.scheme != "fd" and len(name) <= _LONGEST:
@@ -44,12 +46,12 @@ def stored_names() -> frozenset[str]:
     return frozenset(stored_sockets().values())
 
 
-def bind_stored(listeners: Sequence[Listener]) -> list[BoundListener]:
+def bind_stored(listeners: Sequence[Listener], slots: int = 1) -> list[BoundListener]:
     """Binds every listener that the manager has not kept, and takes back those that it has; what it has kept and nobody
-    wants is closed. Raises as `bind_all`.
+    wants is closed. `slots` and what it raises are as of `bind_all`.
     """
     kept = _take_stored()
-    bound = bind_all(listeners, kept)
+    bound = bind_all(listeners, kept, slots)
     used = {sock for one in bound for sock in one.sockets}
     for one in kept:
         if not used & {*one.sockets}:
@@ -86,8 +88,8 @@ def _take(name: str, descriptors: list[int]) -> tuple[int, BoundListener]:
     """One of them, and its place among its like. Raises ValueError or OSError for one that is of no use any more."""
     text, real, place = name.removeprefix(STORED).split(" ")
     address, inode, order = parse_address(unquote(text)), None, int(place)
-    if address.scheme == "tcp":
-        address = Address("tcp", host=address.host, port=int(real))
+    if address.scheme in ("tcp", "udp"):
+        address = Address(address.scheme, host=address.host, port=int(real.partition("-")[0]))
     elif not address.abstract:
         there = os.lstat(address.path)
         inode = there.st_dev, there.st_ino

@@ -1,0 +1,129 @@
+"""Sockets for datagrams: one for each worker's slot, in a group in which the kernel spreads senders by their address.
+
+A group (SO_REUSEPORT of socket(7)) may be joined by whatever program of the same user. So the first socket is bound
+alone, which fails where anybody is bound already, and opens its group only then: there is no moment at which a daemon
+could join another's.
+
+A socket that is to go is connected to itself. The kernel passes over connected sockets of a group, so that what comes
+from then on goes to the others, while what lies in its queue can be read. There is no way back into the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Sequence
+
+from forkd.config.address import Address
+from forkd.config.options import Listener
+from forkd.errors import ForkdError
+from forkd.system.channel import MOST_DESCRIPTORS
+from forkd.system.inherited import is_connected
+
+# linux/in.h, in6.h and asm-generic/socket.h, where Python has no names for them.
+_IP_MULTICAST_ALL, _IPV6_MULTICAST_ALL = 49, 29
+
+
+def bind_group(listener: Listener, slots: int) -> list[socket.socket]:
+    """The sockets of a udp listener, slot by slot, those of a slot in the order of the host's addresses.
+
+    Raises:
+        OSError: it can't be bound.
+        ForkdError: a multicast group can't be joined, or there would be too many sockets.
+    """
+    address = listener.address
+    infos = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+    port, first = address.port, list[socket.socket]()
+    with contextlib.ExitStack() as undo:
+        for family, where in dict.fromkeys((info[0], info[4]) for info in infos):
+            sock = undo.enter_context(_socket(family))
+            sock.bind((where[0], port, *where[2:]))
+            port = sock.getsockname()[1]
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            first.append(sock)
+        for group in listener.multicast:
+            _join(first, group, address)
+        grown = grow_group(first, slots)
+        undo.pop_all()
+    return [*first, *grown]
+
+
+def grow_group(sockets: Sequence[socket.socket], slots: int) -> list[socket.socket]:
+    """The sockets that a group lacks for so many slots, bound as those of its first slot are. Raises OSError, and
+    ForkdError where there would be too many.
+    """
+    width = width_of(sockets)
+    if slots * width > MOST_DESCRIPTORS:
+        raise ForkdError(
+            f"{slots} workers with {width} datagram sockets each are more than the {MOST_DESCRIPTORS} that one "
+            "listener may have; take fewer workers, or an address for a host's name"
+        )
+    with contextlib.ExitStack() as undo:
+        grown = []
+        for number in range(len(sockets), slots * width):
+            like = sockets[number % width]
+            sock = undo.enter_context(_socket(like.family))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind(like.getsockname())
+            grown.append(sock)
+        undo.pop_all()
+    return grown
+
+
+def width_of(sockets: Sequence[socket.socket]) -> int:
+    """How many sockets each slot has: one for each address that the host's name stands for."""
+    return len({sock.getsockname() for sock in sockets}) or 1
+
+
+def arranged(sockets: Sequence[socket.socket]) -> list[socket.socket]:
+    """The sockets of a group slot by slot, wherever they have been in between, without those that are to go."""
+    by_name: dict[object, list[socket.socket]] = {}
+    for sock in sockets:
+        if is_connected(sock):
+            sock.close()
+        else:
+            by_name.setdefault(sock.getsockname(), []).append(sock)
+    return [sock for slot in zip(*by_name.values(), strict=False) for sock in slot]
+
+
+def deafen(sock: socket.socket) -> None:
+    """Takes a socket out of its group; what lies in its queue stays there. Raises OSError."""
+    name = sock.getsockname()
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (looked up)
+    sock.connect((loopback.get(name[0], name[0]), *name[1:]))
+
+
+def _socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    # A group's datagrams are for those that have joined it on this very socket.
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MULTICAST_ALL, 0)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
+    return sock
+
+
+def _join(sockets: Sequence[socket.socket], group: str, address: Address) -> None:
+    """Joins a multicast group with the first socket of its family: the kernel gives what comes to it to every socket
+    that has joined, and one worker is to serve it.
+    """
+    host, _, interface = group.partition("%")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = next((one for one in sockets if one.family == family), None)
+    if sock is None:
+        raise ForkdError(f"can't join {group} at {address}: they are of two families; bind an address of the group's")
+    try:
+        index = socket.if_nametoindex(interface) if interface else 0
+    except OSError:
+        raise ForkdError(f"can't join {group} at {address}: there is no network interface {interface}") from None
+    packed = socket.inet_pton(family, host)
+    try:
+        if family == socket.AF_INET6:  # ipv6_mreq: group, interface
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, packed + struct.pack("=I", index))
+        else:  # ip_mreqn: group, local address, interface
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, packed + bytes(4) + struct.pack("=i", index))
+    except OSError as error:
+        raise ForkdError(f"can't join {group} at {address}: {error.strerror}") from None
