@@ -20,8 +20,9 @@ from forkd.config.options import Listener
 from forkd.errors import AddressInUse, ForkdError
 from forkd.system.accounts import find_group, find_user
 from forkd.system.holders import holder_of
-from forkd.system.inherited import adopt_listeners, send_at_once
+from forkd.system.inherited import adopt_listeners
 from forkd.system.paths import current_umask, inode_of, is_free, take_path
+from forkd.system.tuning import tune
 
 
 @dataclass(slots=True)
@@ -97,7 +98,10 @@ def bind_listener(listener: Listener) -> BoundListener:
     """
     address = listener.address
     if address.scheme == "fd":
-        return BoundListener(listener, *adopt_listeners(address))
+        bound = BoundListener(listener, *adopt_listeners(address))
+        for sock in bound.sockets:
+            tune(sock, listener)
+        return bound
     try:
         return _bind_unix(listener) if address.scheme == "unix" else _bind_tcp(listener)
     except UnicodeError:
@@ -137,9 +141,13 @@ def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]
 
 
 def update_listener(bound: BoundListener) -> None:
-    """Has a listener that was kept follow its new settings: backlog, and a path's mode and owner. Raises OSError."""
-    for sock in bound.sockets if bound.listener.address.scheme != "fd" else ():
-        sock.listen(bound.listener.backlog)
+    """Has a listener that was kept follow its new settings: backlog, options of its connections, and a path's mode and
+    owner. Raises OSError or ForkdError.
+    """
+    for sock in bound.sockets:
+        tune(sock, bound.listener)
+        if bound.listener.address.scheme != "fd":
+            sock.listen(bound.listener.backlog)
     if bound.inode is not None:
         _give(bound.listener, bound.inode)  # where there is no mode it stays as the umask of the start made it
 
@@ -188,7 +196,7 @@ def _bind_tcp(listener: Listener) -> BoundListener:
         for family, host in dict.fromkeys((info[0], str(info[4][0])) for info in infos):
             sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            send_at_once(sock)  # set once here, it costs no connection anything
+            tune(sock, listener)
             if family == socket.AF_INET6:  # so that [::]:80 and 0.0.0.0:80 can both be listened on (ipv6(7))
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((host, port))

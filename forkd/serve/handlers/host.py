@@ -10,6 +10,7 @@ from forkd.serve.handlers.load import Handler
 from forkd.serve.handlers.protocol import ProtocolServer
 from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import PollLoop
+from forkd.system.tuning import connection_tuner
 
 
 def host(
@@ -27,4 +28,7 @@ def host(
     factory = handler.target
     if handler.form == "streams":
         factory = streams_factory(handler.target, loop, conversations)
-    return ProtocolServer(loop, factory, tally, listener.limits.write_buffer, str(listener.address))
+    server = ProtocolServer(loop, factory, tally, listener.limits.write_buffer, str(listener.address))
+    if (fit := connection_tuner(listener)) is None:
+        return server
+    return lambda sock, peer: server(fit(sock), peer)
