@@ -14,7 +14,7 @@ from contextvars import copy_context
 from typing import Any
 
 from forkd.drain import draining
-from forkd.serve.loop import IN, PollLoop
+from forkd.serve.loop import EDGE, IN, OUT, PollLoop
 from forkd.serve.receiving import ReceivingHalf
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
 
@@ -54,6 +54,7 @@ class Transport(ReceivingHalf):
         self._out = None
         self._interest = 0
         self._paused = False
+        self._kept_open = None
         self._closing = False
         self._eof_sent = False
         self._conn_lost = 0
@@ -78,8 +79,6 @@ class Transport(ReceivingHalf):
             # BufferedProtocol, which would be asked for a buffer in vain when there is nothing yet.
             if self._deliver is not None:
                 self._data_ready(IN)
-        elif not self._conn_lost:
-            self._loop.selector.served[self._fd] = self._mixed_ready
         # Accepted in the very last moment. Asked before it is heard, a protocol would take its client for an idle one.
         if draining():
             self.ask_to_end()
@@ -96,7 +95,7 @@ class Transport(ReceivingHalf):
             return
         self._closing = True
         if self._out:
-            self._watch(self._interest & ~IN)
+            self._watch(OUT)
             return
         self._out = SHUT
         self._watch(0)
@@ -201,6 +200,8 @@ class Transport(ReceivingHalf):
             self._reader = self._data_ready
         if self._interest & IN:
             self._loop.selector.served[self._fd] = self._reader
+        elif self._interest & EDGE:  # what the one before it was not told
+            self._loop.selector.epoll.modify(self._fd, self._interest)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """What is known of the connection: `peername`, `sockname`, `socket`, and whether its worker is `draining`;
