@@ -122,15 +122,17 @@ class ReceivingHalf(SendingHalf):
             )
         if self._error is not None:
             self._broken(self._error)
-        elif self._kept_open is not None or (self._nothing_unread() and self._tell_end_of_file()):
-            # In both directions, no answer can be sent.
-            if not self._kept_open and (mask & HUP or not self._paused):
-                self.close()
+            return
+        if self._kept_open is None and not (self._nothing_unread() and self._tell_end_of_file()):
+            return
+        # It reads on already; or the connection is closed in both directions, and no answer can be sent.
+        if not self._kept_open and (mask & HUP or not self._paused):
+            self.close()
 
     def _nothing_unread(self) -> bool:
         """Whether the next read would find the end of file, and the protocol can be told of it."""
         # asyncio's sendfile takes anything but a loss for a mistake while it has the connection.
-        if isinstance(self._protocol, base_events._SendfileFallbackProtocol):
+        if isinstance(self._protocol, base_events._SendfileFallbackProtocol):  # type: ignore[attr-defined]
             return False
         try:
             return not self._sock.recv(1, socket.MSG_PEEK)
@@ -187,8 +189,8 @@ class ReceivingHalf(SendingHalf):
         return not self._closing and not self._paused
 
     def pause_reading(self) -> None:
-        """Receives nothing until `resume_reading`; the peer feels it when the kernel's buffer is full. That it has gone is
-        noticed all the same.
+        """Receives nothing until `resume_reading`; the peer feels it when the kernel's buffer is full. That it has gone
+        is noticed all the same.
         """
         if self._closing or self._paused:
             return

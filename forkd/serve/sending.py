@@ -7,6 +7,7 @@ transport. `write` is on the path of every request.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from asyncio import constants, transports
@@ -27,6 +28,8 @@ LOW_WATER = HIGH_WATER // 4
 SHUT = bytearray()
 
 _GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+#: What the kernel says of a peer that answers no more (keepalive, TCP_USER_TIMEOUT), or to whom no way leads.
+_VANISHED = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 
 Buffer = bytes | bytearray | memoryview
 
@@ -63,6 +66,7 @@ class SendingHalf(transports._FlowControlMixin):
         "_closing",
         "_conn_lost",
         "_context",
+        "_corks",
         "_eof_sent",
         "_error",
         "_fd",
@@ -84,6 +88,7 @@ class SendingHalf(transports._FlowControlMixin):
     _peer: Any
     _keeper: Keeper
     _out: bytearray | None  # unsent bytes; None: nothing is unsent and `write` may send at once
+    _corks: int  # blocks of the handler that gather what is written
     _interest: int  # what epoll watches this descriptor for
     _closing: bool
     _eof_sent: bool
@@ -96,6 +101,10 @@ class SendingHalf(transports._FlowControlMixin):
 
     def _connection_lost(self, error: BaseException | None) -> None:
         """Tells the protocol, and closes the socket."""
+        raise NotImplementedError
+
+    def _send_gathered(self) -> None:
+        """Sends what a block of the handler has gathered."""
         raise NotImplementedError
 
     def write(self, data: Buffer) -> None:
@@ -155,6 +164,10 @@ class SendingHalf(transports._FlowControlMixin):
             self._force_close(WriteBufferFull(f"{len(self._out)} bytes unsent"))
             return
         self._out += data
+        if self._corks:
+            most: int = self._high_water  # type: ignore[attr-defined]
+            if len(self._out) > min(most, self._keeper.write_limit or most):
+                self._send_gathered()
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _flush(self) -> None:
@@ -168,7 +181,7 @@ class SendingHalf(transports._FlowControlMixin):
             self._write_failed(error)
             return
         del out[:sent]
-        if not out and not self._closing and not self._eof_sent:
+        if not (out or self._closing or self._eof_sent or self._corks):
             self._out = None
         # The handler may write, close or abort in it.
         self._context.run(self._maybe_resume_protocol)  # type: ignore[attr-defined]
@@ -196,7 +209,9 @@ class SendingHalf(transports._FlowControlMixin):
         if self._closing or self._eof_sent:
             return
         self._eof_sent = True
-        if self._out is None:
+        if self._out:
+            self._watch(self._interest | OUT)
+        else:
             self._out = SHUT
             self._shut_down()
 
@@ -215,8 +230,14 @@ class SendingHalf(transports._FlowControlMixin):
         raise NotImplementedError
 
     def _report(self, error: OSError, message: str) -> None:
-        """A client that goes away, as its `connection_lost` hears, is nothing to log; anything else is."""
-        if not isinstance(error, _GONE):
+        """Keeps why the connection ends. That a client goes away, as its `connection_lost` hears, is nothing to log;
+        that one has vanished is worth a line; anything else is a warning.
+        """
+        if self._error is None:  # without its traceback, which knows this transport
+            self._error = type(error)(*error.args)
+        if error.errno in _VANISHED:
+            log.info("%s has vanished: %s", self._name(), error.strerror, extra=self.about())
+        elif not isinstance(error, _GONE):
             log.warning("%s: %s: %s", self._name(), message, error, extra=self.about())
 
     def about(self) -> dict[str, str]:

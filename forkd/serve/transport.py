@@ -14,12 +14,13 @@ from contextvars import copy_context
 from typing import Any
 
 from forkd.drain import draining
+from forkd.serve.delivery import Delivery
 from forkd.serve.loop import EDGE, IN, OUT, PollLoop
 from forkd.serve.receiving import ReceivingHalf
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
 
 
-class Transport(ReceivingHalf):
+class Transport(ReceivingHalf, Delivery):
     """One accepted connection.
 
     Args:
@@ -52,6 +53,7 @@ class Transport(ReceivingHalf):
         self._sockname: Any = None  # asked for at the first need
         self._keeper = keeper
         self._out = None
+        self._corks = 0
         self._interest = 0
         self._paused = False
         self._kept_open = None
