@@ -12,15 +12,18 @@ import itertools
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 from needs import lacks, needs_program, needs_root
 from processes import PATIENCE
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _NUMBERS = itertools.count()
+
+T = TypeVar("T")
 
 
 class Machine:
@@ -46,16 +49,21 @@ class Machine:
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """A socket there, whose operations fail after a while."""
-        with ThreadPoolExecutor(1) as pool:  # its thread goes there alone, and comes to its end there
-            return pool.submit(self._make, family, kind).result()
-
-    def _make(self, family: int, kind: int) -> socket.socket:
-        with Path(f"/run/netns/{self.name}").open("rb") as place:
-            if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        sock = socket.socket(family, kind)
+        sock = self.inside(socket.socket, family, kind)
         sock.settimeout(PATIENCE)
         return sock
+
+    def inside(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What a call returns there."""
+
+        def do() -> T:
+            with Path(f"/run/netns/{self.name}").open("rb") as place:
+                if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            return call(*arguments)
+
+        with ThreadPoolExecutor(1) as pool:  # its thread goes there alone, and comes to its end there
+            return pool.submit(do).result()
 
     def connect(self, host: str, port: int) -> socket.socket:
         """A client there."""

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from clients import read
+from clients import is_free, read
 from harness import Daemon, Harness
 from netns import Machine, wired
 from processes import eventually
@@ -59,7 +59,7 @@ BOTH = {"idle": "1s", "interval": "1s", "count": 127, "user_timeout": "2s"}
 
 
 @pytest.fixture
-def talk(harness: Harness, machines: tuple[Machine, Machine], tmp_path: Path) -> Iterator[tuple[Daemon, Talk]]:
+def talk(machines: tuple[Machine, Machine], harness: Harness, tmp_path: Path) -> Iterator[tuple[Daemon, Talk]]:
     here, there = machines
     hosts = ("0.0.0.0", "0.0.0.0", "0.0.0.0", "[::]")
     alive = (KEEPALIVE, USER_TIMEOUT, BOTH, KEEPALIVE)
@@ -70,6 +70,7 @@ def talk(harness: Harness, machines: tuple[Machine, Machine], tmp_path: Path) ->
     (tmp_path / "vanish.yaml").write_text(json.dumps({"name": "vanish", "workers": 1, "listen": listeners}))
     daemon = harness.daemon("vanish", target="./vanish.yaml", listen=(), workers=None)
     daemon.prefix = here.prefix
+    daemon.is_free = lambda address: here.inside(is_free, address)
     daemon.run()
     with contextlib.ExitStack() as stack:
         yield daemon, Talk(daemon, here, there, stack)
