@@ -2,7 +2,8 @@
 # make test   install what the tests need, and run them
 # make lint   ruff and mypy
 # make soak   the long runs
-# make bench  forkd's CPU time beside asyncio's and uvloop's, and how long a killed worker is missed
+# make bench  forkd's CPU time beside asyncio's and uvloop's; how long a killed worker is missed; what deadlines cost;
+#             how good clients fare beside bad ones
 # Each makes its own virtual environment first; nothing else is needed but Python 3.11 or later.
 
 # The system's Python comes first where it will do: distributions build it with profile-guided optimization, and forkd
@@ -36,6 +37,8 @@ bench: $(VENV)/bench
 	$(BIN)/python bench/compare.py $(ARGS)
 	$(BIN)/python bench/compare.py --fresh --clients 20 $(ARGS)
 	$(BIN)/python bench/replace.py
+	$(BIN)/python bench/deadlines.py
+	$(BIN)/python bench/crowd.py
 
 completions: $(VENV)/test
 	@mkdir -p build/completions

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from compare import MESSAGE, free_port, wait_for
 
@@ -59,13 +60,18 @@ def measure(handler: str) -> tuple[float, float]:
             server.wait()
 
 
-def only_worker(control: Path) -> int:
-    """The pid of the daemon's one worker."""
+def ask(control: Path) -> dict[str, Any]:
+    """What the daemon tells of itself."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(control))
         sock.sendall(b'{"verb": "status"}\n')
         with sock.makefile("rb") as lines:
-            (worker,) = json.loads(lines.readline())["status"]["workers"]
+            return dict(json.loads(lines.readline())["status"])
+
+
+def only_worker(control: Path) -> int:
+    """The pid of the daemon's one worker."""
+    (worker,) = ask(control)["workers"]
     return int(worker["pid"])
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from forkd.ended import Ended
+from forkd.serve.deadlines import Patience
 from forkd.serve.loop import PollLoop
 from forkd.serve.transport import Transport
 
@@ -31,14 +33,23 @@ class Keeper:
     def __init__(self) -> None:
         self.write_limit = 0
         self.listener = ""
+        self.patience: Patience | None = None
+        self.access = False
+        self.reasons: list[str] = []
         self.ended = 0
         self.errors = 0
+
+    def began(self, descriptor: int) -> None:
+        """When it began is nobody's concern here."""
 
     def closed(self) -> None:
         self.ended += 1
 
     def failed(self) -> None:
         self.errors += 1
+
+    def cut(self, error: Ended) -> None:
+        self.reasons.append(error.reason)
 
 
 class Calls:

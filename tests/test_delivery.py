@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from time import monotonic
 
 import pytest
 from contract import MUCH, Recorder, forkd_only, kits, read_exactly, read_to_end, tcp_pair
 from test_transport_closing import reset
+
+from forkd.config.address import parse_address
+from forkd.config.options import Listener, Timeouts
+from forkd.ended import WriteTimeout
+from forkd.serve.deadlines import Deadlines, Patience
 
 kit = kits
 pytestmark = forkd_only
@@ -184,6 +190,30 @@ def test_what_is_gathered_is_no_clients_fault(kit):
             transport.write(bytes(100))
     assert sum(map(len, sent(peer))) == 5000
     assert protocol.lost == []
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_only_what_the_socket_does_not_take_is_stuck(kit, closing):
+    """A handler may hold what it gathers for longer than `timeouts.write`; a client may not."""
+    timeouts = Timeouts(first_byte=0.0, idle=0.0, write=5.0)
+    listener = Listener(address=parse_address("tcp://127.0.0.1:0"), handler="a:b", timeouts=timeouts)
+    kit.keeper.patience = Patience(listener, Deadlines(kit.loop))
+    protocol = Recorder(kit)
+    transport, _ = kit.connect(protocol)
+    with transport.cork():
+        transport.write(b"x" * 100)
+        assert [transport.look(monotonic() + later) for later in (60, 120)] == [0.0, 0.0]
+        transport.set_write_buffer_limits(2 * MUCH)
+        transport.write(b"x" * MUCH)
+        if closing:
+            transport.close()
+    kit.turn()
+    assert transport.get_write_buffer_size() > 0
+    assert (protocol.lost, transport.due > 0) == ([], True)
+    for later in (60, 120):
+        transport.look(monotonic() + later)
+    kit.until(lambda: protocol.lost)
+    assert [type(error) for error in protocol.lost] == [WriteTimeout]
 
 
 def test_a_mark_that_is_lowered_in_a_block_pauses_no_longer_than_that(ends):

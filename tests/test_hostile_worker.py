@@ -56,6 +56,7 @@ def test_set_user_id_programs_give_a_worker_nothing(open_harness: Harness, place
         ("x" * 65536, 1000, "a message of more than 1048576 bytes"),
         ('{"event": "hello"}\n', 100_000, "an event 'hello'"),
         ('{"event": {"event": []}}\n', 100, "an event ''"),
+        ('{"event": "answer", "number": 7, "found": [[]]}\n', 100, "an answer to what it was not asked"),
         ('{"event": "worn", "why": [{}]}\n', 100_000, "it says so"),
         ("[" * 100_000 + "\n", 1, "not JSON"),
     ],

@@ -118,10 +118,15 @@ def test_status_as_json_has_the_whole_state(harness: Harness) -> None:
     assert (found["name"], found["state"], found["wanted"], found["serving"]) == ("tested", "running", 2, 2)
     assert [one["slot"] for one in found["workers"]] == [1, 2]
     assert found["workers"][0].keys() == {
-        "slot", "pid", "generation", "state", "age", "clients", "accepted", "errors", "lag",
+        "slot", "pid", "generation", "state", "age", "clients", "accepted", "ended", "errors", "lag",
     }  # fmt: skip
     assert sum(one["accepted"] for one in found["workers"]) == 1
-    assert found["listeners"] == [{"address": daemon.address, "handler": "forkd.builtin:Echo", "backlog": 4096}]
+    assert found["listeners"] == [
+        {
+            "address": daemon.address, "handler": "forkd.builtin:Echo", "backlog": 4096, "queue": 0,
+            "queue_limit": 4096, "drops": 0,
+        }
+    ]  # fmt: skip
     assert found["deaths"] == []
 
 
@@ -135,7 +140,7 @@ def test_status_as_text_has_a_line_for_each_worker_listener_and_death(harness: H
     assert re.search(rf"^tested: running, pid {daemon.pid}, since \d{{4}}-", text)
     for slot, pid in workers.items():
         assert re.search(rf"^{slot} +{pid} +serving ", text, re.MULTILINE)
-    assert re.search(rf"^{daemon.address} +forkd\.builtin:Echo$", text, re.MULTILINE)
+    assert re.search(rf"^{daemon.address} +forkd\.builtin:Echo +0/4096 +0$", text, re.MULTILINE)
     assert re.search(rf" 2 +{victim} .*killed by SIGKILL", text)
 
 

@@ -19,7 +19,8 @@ from forkd.cli.target import read_target, run_directory_of, settings_of
 from forkd.errors import ConfigError, UsageError
 
 COMMANDS = [
-    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "scale", "once", "schema", "completion",
+    "run", "start", "restart", "check", "stop", "reload", "upgrade", "status", "clients", "scale", "once",
+    "schema", "completion",
 ]  # fmt: skip
 
 LISTEN = "listen: [{address: 'tcp://127.0.0.1:0', handler: 'forkd.builtin:Echo'}]\n"
@@ -74,6 +75,11 @@ def test_the_options_of_once_are_settings_of_its_mode() -> None:
         ("start a b", "unrecognized arguments: b"),
         ("start --name", "argument --name: expected one argument; see forkd start --help"),
         ("scale", "the following arguments are required: N; see forkd scale --help"),
+        ("clients --kill x", "argument --kill: 'x' is no ID; `forkd clients` shows them; see forkd clients --help"),
+        ("clients --kill 0", "'0' is no ID"),
+        ("clients --kill 18446744073709551616", "is no ID"),
+        ("clients --kill 1 --kill-ip ::1", "not allowed with argument --kill"),
+        ("clients --sort -age", "argument --sort: expected one argument"),
         ("scale x", "argument N: 'x' is not a number; see forkd scale --help"),
         ("scale 4 chat", "'chat' is not a number"),
         ("scale -- -1", "'-1' is not a number"),

@@ -50,8 +50,9 @@ def test_a_worker_has_no_descriptor_but_what_it_needs(open_harness: Harness, pla
         links = sorted(os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
         kinds = [re.sub(r":\[\d+\]$", "", link) for link in links]
         # Standard output and error, and where stacks are written; listener, channel, and asyncio's own pair to wake
-        # itself; a client of ours there is none.
+        # itself; a client of ours there is none; the regions, to read those of others.
         wanted = ["/dev/null", str(daemon.log), "anon_inode:[eventpoll]", *["pipe"] * 3, *["socket"] * 4]
+        wanted.append("/memfd:forkd-regions (deleted)")
         assert kinds == sorted(wanted)
 
 

@@ -5,8 +5,12 @@ The requests ask a stand-in that notes what it was told to do. The socket that c
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,14 +18,19 @@ import pytest
 from forkd.config.options import Settings
 from forkd.config.units import MOST_WORKERS
 from forkd.errors import BootError
+from forkd.master import requests
 from forkd.master.control import Reply
 from forkd.master.generation import Generation
 from forkd.master.plan import GRACE, STACKS
+from forkd.master.questions import Question
 from forkd.master.requests import Requests
+from forkd.master.spawn import Worker
 from forkd.master.state import State
 from forkd.signals import Order
-from forkd.states import Mode
+from forkd.states import Life, Mode
+from forkd.system.channel import Channel
 from forkd.system.notify import Notifier
+from forkd.system.scoreboard import Row
 from forkd.wire import Message
 
 
@@ -37,6 +46,7 @@ class Stand:
     is_settled: bool = False
     notifier: Notifier = field(default_factory=lambda: Notifier({}))
     drain_timeout: float = 30.0
+    board: Any = None
     generation: Generation = field(default_factory=lambda: Generation(1, Settings(listen=()), [], -1))
 
     def settled(self) -> bool:
@@ -72,6 +82,11 @@ class Master:
     def status(self) -> dict[str, Any]:
         return {"state": self.stand.mode.value}
 
+    def ask_workers(self, what: Message) -> Question:
+        self.told.append(what)
+        self.question = Question(7, monotonic() + 3600, [worker(slot) for slot in (1, 2)])
+        return self.question
+
     @property
     def orders(self) -> list[Order]:
         return [told[0] for told in self.told if isinstance(told, tuple)]
@@ -89,6 +104,11 @@ class Client(list[Message]):
 
     def fileno(self) -> int:
         return self.descriptor
+
+
+def worker(slot: int) -> Worker:
+    channel = cast(Channel, None)
+    return Worker(100 + slot, slot, 1, cast(Row, None), channel, -1, Life.SERVING, 0.0, 0.0, owes={7})
 
 
 class Asking:
@@ -320,3 +340,74 @@ def test_a_stop_is_no_succession_unless_it_says_so(asking: Asking, said: object)
     asking.ask({"verb": "stop", "succeeded": said})
     assert not asking.stand.succeeded
     assert asking.master.told == [(Order.STOP, "forkd stop")]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({}, "the ID of a connection is wanted, or a network"),
+        ({"cookie": 0}, "wanted"),
+        ({"cookie": -1}, "wanted"),
+        ({"cookie": 1 << 64}, "wanted"),
+        ({"cookie": "7"}, "wanted"),
+        ({"cookie": 1.5}, "wanted"),
+        ({"network": 7}, "wanted"),
+        ({"network": "10.0.0.1/8"}, "did you mean 10.0.0.0/8?"),
+        ({"network": "x" * 100_000}, "is not a network"),
+    ],
+)
+def test_a_kill_of_nobody_in_particular_asks_no_worker(asking: Asking, message: Message, said: str) -> None:
+    [answer] = asking.ask({"verb": "kill", **message})
+    assert answer["ok"] is False
+    assert said in answer["error"]
+    assert len(answer["error"]) <= 200
+    assert asking.master.told == []
+
+
+@pytest.mark.parametrize("what", [{"cookie": 7}, {"network": "10.0.0.0/8"}])
+def test_a_kill_is_answered_when_all_workers_have_answered(asking: Asking, what: Message) -> None:
+    client = asking.ask({"verb": "kill", **what})
+    assert asking.master.told == [{"order": "kill", **what}]
+    question = asking.master.question
+    for one, found in zip(question.asked, (2, 3), strict=True):
+        asking.requests.settle()
+        assert client == []
+        one.owes.clear()
+        question.found[one.pid] = found
+    asking.requests.settle()
+    assert client == [{"ok": True, "closed": 5, "silent": []}]
+
+
+def test_what_a_worker_claims_to_have_killed_is_believed_within_bounds(asking: Asking) -> None:
+    client = asking.ask({"verb": "kill", "cookie": 7})
+    question = asking.master.question
+    for one, found in zip(question.asked, (-5, "many"), strict=True):
+        one.owes.clear()
+        question.found[one.pid] = found
+    asking.requests.settle()
+    assert client == [{"ok": True, "closed": 0, "silent": []}]
+
+
+def test_a_kill_that_is_not_answered_in_time_names_who_is_silent(asking: Asking) -> None:
+    client = asking.ask({"verb": "kill", "cookie": 7})
+    question = asking.master.question
+    question.asked[0].owes.clear()
+    question.found[101] = 1
+    question.deadline = 0.0
+    asking.requests.settle()
+    assert client == [{"ok": True, "closed": 1, "silent": [{"slot": 2, "pid": 102}]}]
+
+
+def test_who_wants_the_clients_is_told_where_they_are_also_without_a_descriptor_to_give(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "whereabouts", lambda state: {"pid": 1})
+    asking.stand.board = SimpleNamespace(regions=SimpleNamespace(descriptor=-1))
+    client = asking.ask({"verb": "clients"})
+    assert (client, client.descriptors) == ([{"ok": True, "pid": 1}], ())
+    with tempfile.TemporaryFile() as file:
+        asking.stand.board.regions.descriptor = file.fileno()
+        client = asking.ask({"verb": "clients"})
+        assert (client, len(client.descriptors)) == ([{"ok": True, "pid": 1}], 1)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(client.descriptors[0])  # sent, and not kept

@@ -39,6 +39,7 @@ def test_bytes_and_states_are_those_of_the_connection(pair: tuple[socket.socket,
     assert 0 < found.rtt < 5_000_000
     client.shutdown(socket.SHUT_WR)
     eventually(lambda: info_of(server).state == CLOSE_WAIT, what="the client's end")
+    assert (info_of(server).received, info_of(server).sent) == (1234, 321)
 
 
 def test_times_tell_silence(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -32,7 +33,7 @@ def test_a_forkd_that_can_not_start_is_refused_with_its_reason(harness: Harness)
         untouched.fail("upgrade", name, *patterns)
         (copy / name).write_text(good)
     heritage = copy / "master" / "heritage.py"
-    heritage.write_text(heritage.read_text().replace("\nFORMAT = 1\n", "\nFORMAT = 1234\n"))
+    heritage.write_text(re.sub(r"\nFORMAT = \d+\n", "\nFORMAT = 1234\n", heritage.read_text()))
     words = r"forkd \S+ can't take over from forkd \S+, whose state is of another form; use `forkd restart`"
     untouched.fail("upgrade", "another form", words)
     shutil.move(copy, site.directory / "gone")

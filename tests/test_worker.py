@@ -75,13 +75,15 @@ class Seat:
         stack.callback(bound[0].remove)
         self.address = bound[0].sockets[0].getsockname()
         board = Scoreboard(1)
-        stack.callback(os.close, board.descriptor)
+        row = board.claim()
+        board.confine(row)
+        stack.callback(os.close, board.regions.descriptor)
         ours, theirs = socket.socketpair()
         self.master, self.line = stack.enter_context(ours), Line(stack.enter_context(theirs))
         self.hearing = Channel(ours)
         self.loop = PollLoop()
         stack.callback(self.loop.close)
-        self.worker = Worker(settings, board, Station(1, board.claim(), self.line, os.getppid()), self.loop)
+        self.worker = Worker(settings, board, Station(1, row, self.line, os.getppid()), self.loop)
         self.worker.begin(bound, [Handler("protocol", Polite)])
         self.ended = False
 

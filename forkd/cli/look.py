@@ -16,6 +16,7 @@ from forkd.app.whereabouts import run_directory
 from forkd.cli.ask import Conversation
 from forkd.cli.parser import make_parser
 from forkd.cli.target import read_target, run_directory_of
+from forkd.cli.text import age, or_dash, table
 from forkd.config.load import Loaded
 from forkd.config.schema import json_schema, reference_page
 from forkd.errors import ConfigError, ForkdError, NotRunning
@@ -54,27 +55,38 @@ def _status_text(found: dict[str, Any]) -> str:
     if found["change"]:
         lines.append(f"{found['change']} is under way")
     lines.append("")
-    lines += _table(
-        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "ERRORS"],
+    lines += table(
+        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "ENDED", "ERRORS"],
         [
-            [w["slot"], w["pid"], w["state"], w["generation"], _age(w["age"]), w["clients"], w["accepted"], w["errors"]]
+            [
+                *(w["slot"], w["pid"], w["state"], w["generation"], age(w["age"])),
+                *(w["clients"], w["accepted"], sum(w["ended"].values()), w["errors"]),
+            ]
             for w in found["workers"]
         ],
     )
     lines.append("")
-    lines += _table(["LISTENER", "HANDLER"], [[item["address"], item["handler"]] for item in found["listeners"]])
+    lines += table(
+        ["LISTENER", "HANDLER", "QUEUE", "DROPS"],
+        [[item["address"], item["handler"], _queue(item), or_dash(item["drops"])] for item in found["listeners"]],
+    )
     if found["deaths"]:
         head = ["DEATH", "WORKER", "PID", "AGE", "CLIENTS", "MEMORY", "CAUSE"]
-        lines += ["", *_table(head, [_death(death) for death in found["deaths"]])]
+        lines += ["", *table(head, [_death(death) for death in found["deaths"]])]
         lines += _last_words(found["deaths"])
     return "\n".join(lines)
+
+
+def _queue(listener: dict[str, Any]) -> str:
+    """How many clients wait to be accepted, of how many that may."""
+    return "-" if listener["queue"] is None else f"{listener['queue']}/{listener['queue_limit']}"
 
 
 def _death(death: dict[str, Any]) -> list[Any]:
     when = time.strftime("%m-%d %H:%M:%S", time.localtime(death["time"]))
     cause = death["exit"] + (f", {death['cause']}" if death["cause"] else "")
     memory = f"{death['peak_memory'] / (1 << 20):.0f} MiB"
-    return [when, death["slot"], death["pid"], _age(death["age"]), death["clients"], memory, escaped(cause)]
+    return [when, death["slot"], death["pid"], age(death["age"]), death["clients"], memory, escaped(cause)]
 
 
 def _last_words(deaths: list[dict[str, Any]]) -> list[str]:
@@ -83,19 +95,6 @@ def _last_words(deaths: list[dict[str, Any]]) -> list[str]:
     if last is None:
         return []
     return ["", f"The last words of worker {last['slot']}, pid {last['pid']}:", *map(escaped, last["words"])]
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
-    cells = [head, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f}{unit}"
-    return f"{seconds:.1f}s"
 
 
 def check(command: argparse.Namespace) -> int:

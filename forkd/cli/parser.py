@@ -89,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_changes(commands)
     status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
     status.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_clients(_add(commands, "clients", "clients:clients", "list the online clients, or close some", _RUNNING))
     scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
     scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
     _add_once(_add(commands, "once", "single:once", "serve exactly one client, in a process of its own", _TARGET))
@@ -183,6 +184,28 @@ def _add_once(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--pid-file", metavar="PATH", help="a file with the process's number, while it is ready")
     command.add_argument("--log", metavar="PATH", help="where to log; default: as `start`, with --foreground stderr")
+
+
+def _add_clients(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as a list of JSON objects, in seconds and bytes")
+    command.add_argument(
+        "--sort",
+        metavar="COLUMN",
+        default="-age",
+        help="by which column, as in --sort rtt; with a dash the largest first, as in --sort=-in; default: -age",
+    )
+    command.add_argument("--listener", metavar="ADDRESS", help="only those of this listener, as `status` shows it")
+    kill = command.add_mutually_exclusive_group()
+    kill.add_argument("--kill", metavar="ID", type=_identity, help="close the connection of this ID")
+    kill.add_argument(
+        "--kill-ip", metavar="NETWORK", help="close all connections from this address or network, as in 10.0.0.0/8"
+    )
+
+
+def _identity(text: str) -> int:
+    if not (text.isdecimal() and len(text) <= 20 and 0 < int(text) < 1 << 64):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no ID; `forkd clients` shows them")
+    return int(text)
 
 
 def _number(text: str) -> int:

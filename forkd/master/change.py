@@ -214,7 +214,9 @@ class Changes:
         """Makes a candidate the generation that serves. The one before it retires, by the next plan."""
         state, before = self._state, self._state.generation
         state.wanted = self._wanted(candidate.settings)
-        for bound in before.lacking(candidate):
+        lacking = before.lacking(candidate)
+        state.forsake(lacking, candidate.number)
+        for bound in lacking:
             bound.remove()
         for bound in candidate.bound:
             try:

@@ -59,6 +59,7 @@ class Crew:
         workers: by pid, helpers too.
         slots: the luck of each slot, by generation.
         deaths: the latest certificates.
+        answered: told of a worker's answer to a question; returns what is wrong with it, if anything.
         helper_said: told what a helper says.
         helper_ended: told of a helper and of its end.
     """
@@ -75,6 +76,7 @@ class Crew:
         self._spawner = spawner
         self._selector = selector
         self._failed = failed
+        self.answered: Callable[[Worker, Message], str] = lambda worker, message: "an answer to what it was not asked"
         self.helper_said: Callable[[Worker, Message], None] = lambda worker, message: None
         self.helper_ended: Callable[[Worker, Exit], None] = lambda worker, ended: None
         self._oom_kills = oom_kills()
@@ -184,6 +186,9 @@ class Crew:
         elif event == "worn":
             worker.worn = _words(message.get("why"), 200) or "it says so"
             log.info("worker %d (pid %d) is to be replaced: %s", worker.slot, worker.pid, worker.worn)
+        elif event == "answer":
+            if wrong := self.answered(worker, message):
+                self._doubt(worker, wrong, 1)
         else:
             self._doubt(worker, f"an event {_words(event, 40)!r}", 1)
 

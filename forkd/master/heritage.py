@@ -27,7 +27,7 @@ from forkd.system.scoreboard import Field, Scoreboard
 from forkd.system.sockets import BoundListener
 
 #: Of what is handed over. Another number is another form, which this code does not read.
-FORMAT = 2
+FORMAT = 3
 
 #: What reading comes to where something is missing, or is not what it should be.
 _WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
@@ -172,7 +172,7 @@ def _broken(error: Exception) -> ForkdError:
 
 _SAME = (
     "pid", "slot", "generation", "stderr", "since", "born", "ready_at", "heard", "worn", "cause", "unfinished",
-    "drain_timeout", "stall_timeout",
+    "drain_timeout", "stall_timeout", "forsaken",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from forkd.master.generation import Generation, wanted_workers
 from forkd.master.herald import Herald
 from forkd.master.heritage import Heritage, Place
 from forkd.master.logbook import Logbook
+from forkd.master.questions import Question, Questions
 from forkd.master.requests import Requests
 from forkd.master.spawn import Spawner
 from forkd.master.state import State
@@ -36,6 +37,7 @@ from forkd.system.channel import MOST_DESCRIPTORS, Channel
 from forkd.system.notify import Notifier, forget_manager
 from forkd.system.process import set_title
 from forkd.system.scoreboard import Row, Scoreboard
+from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
 
@@ -72,6 +74,8 @@ class Master:
         self._selector = selector
         self._logbook = Logbook(errands.log_target)
         self._changes = Changes(self.state, self._logbook)
+        self._questions = Questions()
+        self._crew.answered = self._questions.answered
         self._requests = Requests(self)
         self._wakeup = Wakeup()
         self._expected = inf  # when the next turn should begin
@@ -113,6 +117,7 @@ class Master:
             log.warning("was not there for %.1f s", now - self._expected)
             self.state.awake = now
         self._note_events()
+        asked_until = self._questions.settle()  # first: what is over by now is answered now, and else waited for
         self._requests.settle()
         candidate = self._changes.candidate(self.state.generation.settings.boot_timeout)
         due = plan.make_plan(now, self.state.pool(now, candidate))
@@ -123,7 +128,7 @@ class Master:
         if due.actions or self.state.mode is Mode.OVER:
             self._expected = now
             return
-        deadline = min((when for when in (due.deadline, tell_again) if when is not None), default=None)
+        deadline = min((when for when in (due.deadline, tell_again, asked_until) if when is not None), default=None)
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._expected = inf if deadline is None else deadline
         for key, mask in self._selector.select(timeout):
@@ -170,6 +175,7 @@ class Master:
         if state.mode in (Mode.DRAINING, Mode.CLOSING):
             state.succeeded = state.succeeded or state.control.displaced
             self._changes.give_up("the daemon stops")
+            state.forsake(state.generation.bound)
             for bound in state.generation.bound:  # whoever comes now is refused rather than left waiting
                 bound.lent = state.succeeded  # then the path is the successor's
                 bound.remove()
@@ -202,6 +208,10 @@ class Master:
     def status(self) -> dict[str, Any]:
         """The state of the daemon, fit for JSON."""
         return report.status(self.state, self._changes.under_way)
+
+    def ask_workers(self, what: Message) -> Question:
+        """Asks all workers a question."""
+        return self._questions.ask(self._crew.workers.values(), what)
 
     # Orders
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from forkd import __version__
@@ -11,7 +12,11 @@ from forkd.master.spawn import HELPER, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.logs import escaped
+from forkd.system.queues import queue_of
 from forkd.system.scoreboard import Field
+from forkd.system.sockets import BoundListener
+
+_ENDED = "ENDED_"  # how the fields begin that count what `forkd.ended` names
 
 
 def status(state: State, change: str) -> dict[str, Any]:
@@ -21,6 +26,12 @@ def status(state: State, change: str) -> dict[str, Any]:
         state: the master's.
         change: what is under way.
     """
+    listeners = [_listener(bound) for bound in state.generation.bound]
+    return {**_summary(state, change), "listeners": listeners, "deaths": list(state.crew.deaths)}
+
+
+def _summary(state: State, change: str) -> dict[str, Any]:
+    """That part of it which is there without asking the kernel."""
     now = time.monotonic()
     settings = state.generation.settings
     workers = sorted((one for one in state.workers.values() if one.slot != HELPER), key=lambda w: (w.slot, w.pid))
@@ -41,17 +52,28 @@ def status(state: State, change: str) -> dict[str, Any]:
         "boot_timeout": settings.boot_timeout,
         "serving": len(serving),
         "workers": [_worker(worker, now) for worker in workers],
-        "listeners": [
-            {"address": str(bound.address), "handler": bound.listener.handler, "backlog": bound.listener.backlog}
-            for bound in state.generation.bound
-        ],
-        "deaths": list(state.crew.deaths),
+    }
+
+
+def whereabouts(state: State) -> dict[str, Any]:
+    """Where the clients of the daemon are to be found, fit for JSON: its workers, and its listeners, with those that
+    were closed while a worker had clients of them.
+    """
+    workers = [one for one in state.workers.values() if one.slot != HELPER]
+    places = [bound.places() for bound in state.generation.bound]
+    for former in (place for worker in workers for place in worker.forsaken):
+        if former not in places:
+            places.append(former)
+    return {
+        "pid": os.getpid(),
+        "workers": [{"slot": one.slot, "pid": one.pid, "row": one.row.index} for one in workers],
+        "listeners": [place for place in places if place["sockets"]],
     }
 
 
 def status_line(state: State, change: str) -> str:
     """The state of the daemon in one line, for a service manager."""
-    found = status(state, change)
+    found = _summary(state, change)
     clients = sum(worker["clients"] for worker in found["workers"])
     words = [f"{found['state']}: {found['serving']} of {found['wanted']} workers, {clients} clients", found["reason"]]
     words.append(f"{change} is under way" if change else found["refusal"])
@@ -71,6 +93,24 @@ def _why_missing(state: State, slot: int, now: float) -> str:
     return f"{words} ({'the next one boots' if booting else f'the next one comes in {wait:.1f} s'})"
 
 
+def _listener(bound: BoundListener) -> dict[str, Any]:
+    queues = [queue_of(sock) for sock in bound.sockets]
+    return {
+        "address": str(bound.address),
+        "handler": bound.listener.handler,
+        "backlog": bound.listener.backlog,
+        "queue": _sum(queue.waiting for queue in queues),
+        "queue_limit": _sum(queue.limit for queue in queues),
+        "drops": _sum(queue.drops for queue in queues),
+    }
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum of those that are known; None where none is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
 def _worker(worker: Worker, now: float) -> dict[str, Any]:
     row = worker.row
     return {
@@ -83,5 +123,8 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "clients": max(0, row.active),
         "accepted": row[Field.ACCEPTED],
         "errors": row[Field.ERRORS],
+        "ended": {
+            field.name.removeprefix(_ENDED).lower(): row[field] for field in Field if field.name.startswith(_ENDED)
+        },
         "lag": round(row[Field.LAG] / 1e9, 6),
     }

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from forkd.config.units import MOST_WORKERS
+from forkd.config.units import MOST_WORKERS, parse_network
 from forkd.master.change import DIFF, RELOAD, UPGRADE
 from forkd.master.control import Reply
 from forkd.master.plan import GRACE, STACKS
+from forkd.master.questions import Question
+from forkd.master.report import whereabouts
 from forkd.master.state import State
 from forkd.signals import Order
 from forkd.states import Mode
+from forkd.system.memory import read_only
 from forkd.wire import Message
+
+log = logging.getLogger("forkd.master")
+
+_MOST = 1 << 20  # clients that a worker may claim to have closed
 
 #: The answer to a request that had to wait, or None while it is not yet time.
 Outcome = Callable[[], Message | None]
@@ -37,6 +46,9 @@ class Asked(Protocol):
 
     def status(self) -> dict[str, Any]:
         """Its state, fit for JSON."""
+
+    def ask_workers(self, what: Message) -> Question:
+        """Asks all workers a question."""
 
 
 class Requests:
@@ -73,6 +85,10 @@ class Requests:
             self._hand_over(reply)
         elif verb == "scale":
             self._scale(message.get("workers"), reply)
+        elif verb == "clients":
+            self._clients(reply)
+        elif verb == "kill":
+            self._kill(message, reply)
         else:
             reply({"ok": False, "error": f"this daemon knows no {str(verb)[:100]!r}"})
 
@@ -91,6 +107,41 @@ class Requests:
                 self._waiting.append((reply, outcome))
             else:
                 reply(answer)
+
+    def _clients(self, reply: Reply) -> None:
+        """Tells what one needs to look for the clients oneself: which processes and listeners are meant, and where in
+        the regions' memory, which can only be read by the descriptor that goes with it, each worker writes.
+        """
+        found: Message = {"ok": True, **whereabouts(self._master.state)}
+        try:
+            reader = read_only(self._master.state.board.regions.descriptor)
+        except OSError as error:  # no such memory, or no descriptor left
+            log.warning("can't show since when clients are here: %s", error)
+            reply(found)
+            return
+        try:
+            reply(found, [reader])
+        finally:
+            os.close(reader)
+
+    def _kill(self, message: Message, reply: Reply) -> None:
+        try:
+            question = _kill_question(message)
+        except ValueError as error:
+            reply({"ok": False, "error": str(error)[:200]})
+            return
+        asked = self._master.ask_workers(question)
+        whom = question.get("network") or f"ID {question['cookie']}"
+        log.info("has the workers close the clients of %s, by forkd clients", whom)
+
+        def outcome() -> Message | None:
+            if not asked.is_over():
+                return None
+            closed = sum(min(max(found, 0), _MOST) for found in asked.found.values() if isinstance(found, int))
+            silent = [{"slot": one.slot, "pid": one.pid} for one in asked.missing()]
+            return {"ok": True, "closed": closed, "silent": silent}
+
+        self._waiting.append((reply, outcome))
 
     def _stop(self, reply: Reply, *, now: bool, succeeded: bool) -> None:
         master = self._master
@@ -131,3 +182,13 @@ class Requests:
             return {"ok": True, "workers": wanted} if state.settled() else None
 
         self._waiting.append((reply, outcome))
+
+
+def _kill_question(message: Message) -> Message:
+    """What the workers are asked to find and to close. Raises ValueError."""
+    cookie, network = message.get("cookie"), message.get("network")
+    if isinstance(network, str):
+        return {"order": "kill", "network": str(parse_network(network))}
+    if isinstance(cookie, int) and 0 < cookie < 1 << 64:
+        return {"order": "kill", "cookie": cookie}
+    raise ValueError("the ID of a connection is wanted, or a network")

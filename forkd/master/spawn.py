@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from forkd import signals
 from forkd.errors import BootError
@@ -59,9 +59,11 @@ class Worker:
     worn: str = ""  # why it says that it should be replaced
     drain_timeout: float | None = None  # of its own settings, where others serve by now
     stall_timeout: float | None = None  # likewise
+    forsaken: list[dict[str, Any]] = field(default_factory=list)  # where listeners were that have been closed since
     cause: str = ""  # why it was told to end or was killed, or what it said when it could not boot
     failure: BootError | None = None  # the latter, with its traceback
     unfinished: str = ""  # the beginning of a line that it has not ended yet
+    owes: set[int] = field(default_factory=set)  # the numbers of questions that it has not answered yet
     words: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_WORDS))
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -18,6 +18,7 @@ from forkd.master.spawn import HELPER, Worker
 from forkd.states import Mode
 from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Scoreboard
+from forkd.system.sockets import BoundListener
 
 
 @dataclass(slots=True)
@@ -70,6 +71,15 @@ class State:
     def settled(self) -> bool:
         """Whether there are just the workers that are wanted, and all serve."""
         return self.crew.serves(self.generation.number, self.wanted)
+
+    def forsake(self, listeners: Iterable[BoundListener], heir: int = 0) -> None:
+        """Notes where listeners are that are about to be closed, for those workers that may have clients of them: all
+        but those of the generation that takes over.
+        """
+        places = [place for bound in listeners if (place := bound.places())["sockets"]]
+        for worker in self.workers.values():
+            if worker.generation != heir:
+                worker.forsaken += places
 
     def pool(self, now: float, candidate: Candidate | None) -> Pool:
         """All this as the plan sees it."""

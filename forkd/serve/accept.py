@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic_ns
 from typing import Any, Protocol
 
+from forkd.ended import Ended
 from forkd.serve.admission import SLACK, is_fair, least_load, next_try
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
+from forkd.system.roll import Roll
 from forkd.system.scoreboard import NOBODY, Field, Row, Scoreboard
 
 log = logging.getLogger("forkd.accept")
@@ -35,12 +37,18 @@ Serve = Callable[[socket.socket, Any], None]
 
 
 class Tally:
-    """A worker's connections, counted on its row of the scoreboard."""
+    """A worker's connections, counted on its row of the scoreboard.
 
-    __slots__ = ("_accepting", "_cells", "accepted", "ended", "errors", "on_closed")
+    Args:
+        row: the row.
+        roll: where it is noted when each began; None: nobody wants to know.
+    """
 
-    def __init__(self, row: Row) -> None:
+    __slots__ = ("_accepting", "_cells", "accepted", "began", "ended", "errors", "on_closed")
+
+    def __init__(self, row: Row, roll: Roll | None = None) -> None:
         self._cells = row.cells
+        self.began = (roll or Roll()).began
         self._accepting = False
         self.accepted = 0
         self.ended = 0
@@ -79,6 +87,10 @@ class Tally:
         """A handler raised."""
         self.errors += 1
         self._cells[Field.ERRORS] = self.errors
+
+    def cut(self, error: Ended) -> None:
+        """A connection is ended of forkd's own accord."""
+        self._cells[Field[f"ENDED_{error.reason.upper()}"]] += 1
 
 
 # As plain integers: an enumeration's members cost a look-up each, and these are counted with every connection.

@@ -15,21 +15,17 @@ Streams handlers have it as `writer.transport`. Who uses none of this pays nothi
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import struct
-import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from forkd.serve.loop import OUT
 from forkd.serve.sending import SendingHalf
 from forkd.system.tcp_info import read_tcp_info
+from forkd.system.unsent import outgoing
 
 # Seconds between two looks at what is unacknowledged: from the connection's round-trip time, but no less than the one,
 # twice as long each time, and no more than the other.
 _SOON, _AT_MOST = 0.001, 0.25
-
-_INT = struct.Struct("@i")
 
 
 class Delivery(SendingHalf):
@@ -48,8 +44,7 @@ class Delivery(SendingHalf):
         """
         if self._sock.fileno() < 0:
             raise self._over()
-        in_kernel: int = _INT.unpack(fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(_INT.size)))[0]
-        return self.get_write_buffer_size() + in_kernel
+        return self.get_write_buffer_size() + outgoing(self._sock)
 
     async def wait_acked(self, timeout: float | None = None) -> None:
         """Returns when the peer's kernel has acknowledged all that was written; what is corked is sent first.
@@ -123,4 +118,4 @@ class Delivery(SendingHalf):
             return
         del out[:sent]
         if out:
-            self._watch(self._interest | OUT)
+            self._send_later()

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.serve.accept import Tally
+from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler
@@ -108,7 +109,16 @@ class OneClient:
         self._tally.on_closed = self._look_later
         loop.on_error = self._tally.failed
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
-        self._serve = host(handler, settings.listen[0], loop, self._tally, self._conversations)
+        self._serve = host(
+            handler,
+            settings.listen[0],
+            settings.listen[0].address,
+            loop,
+            self._tally,
+            self._conversations,
+            Deadlines(loop),
+            access=settings.log.access,
+        )
         self._expiry: asyncio.TimerHandle | None = None
         self._late = False
         self._draining = False

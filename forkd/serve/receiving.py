@@ -84,6 +84,8 @@ class ReceivingHalf(SendingHalf):
         if not count:
             self._end_of_file()
             return
+        if self._stamps is not None:
+            self._stamps.note_in(count)
         try:
             self._context.run(protocol.buffer_updated, count)
         except (SystemExit, KeyboardInterrupt):

@@ -13,10 +13,13 @@ import socket
 from asyncio import constants, transports
 from collections.abc import Callable, Iterable
 from contextvars import Context
+from time import monotonic
 from typing import Any, Protocol
 
-from forkd.ended import WriteBufferFull
+from forkd.ended import Ended, WriteBufferFull
+from forkd.serve.deadlines import LOOKS, Patience
 from forkd.serve.loop import OUT, PollLoop
+from forkd.serve.stamps import Buffer, Stamps
 
 log = logging.getLogger("forkd.transport")
 
@@ -28,10 +31,7 @@ LOW_WATER = HIGH_WATER // 4
 SHUT = bytearray()
 
 _GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
-#: What the kernel says of a peer that answers no more (keepalive, TCP_USER_TIMEOUT), or to whom no way leads.
 _VANISHED = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
-
-Buffer = bytes | bytearray | memoryview
 
 
 def _octets(data: Buffer) -> Buffer:
@@ -41,6 +41,11 @@ def _octets(data: Buffer) -> Buffer:
     if not isinstance(data, bytes | bytearray):
         raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
     return data
+
+
+def is_vanished(error: BaseException) -> bool:
+    """Whether the kernel says by it that the peer answers no more (keepalive, TCP_USER_TIMEOUT) or is out of reach."""
+    return isinstance(error, OSError) and error.errno in _VANISHED
 
 
 class Keeper(Protocol):
@@ -53,6 +58,18 @@ class Keeper(Protocol):
     @property
     def listener(self) -> str:
         """Where it came from, for the log."""
+
+    @property
+    def patience(self) -> Patience | None:
+        """Its deadlines; None where there are none."""
+
+    @property
+    def access(self) -> bool:
+        """Whether the end of each connection is recorded."""
+
+    @property
+    def cut(self) -> Callable[[Ended], None]:
+        """Called when forkd ends a connection of its own accord."""
 
     @property
     def closed(self) -> Callable[[], None]:
@@ -77,6 +94,9 @@ class SendingHalf(transports._FlowControlMixin):
         "_protocol",
         "_send",
         "_sock",
+        "_stamps",
+        "_stuck",
+        "due",
     )
 
     _loop: PollLoop
@@ -92,8 +112,19 @@ class SendingHalf(transports._FlowControlMixin):
     _interest: int  # what epoll watches this descriptor for
     _closing: bool
     _eof_sent: bool
+    _stuck: float  # since when the socket has taken nothing of `_out`, while there is some
+    _stamps: Stamps | None  # notes what comes and goes, where the kernel does not
+    due: float  # as of `deadlines.Watched`
     _error: OSError | None  # what the kernel has said of the connection, to tell when all is read
     _conn_lost: int  # from 1 on: the protocol has been or will be told; writes since then
+
+    def end(self, error: Ended) -> None:
+        """Ends the connection at once, of forkd's own accord."""
+        raise NotImplementedError
+
+    def look(self, now: float) -> float:
+        """As `deadlines.Watched`."""
+        raise NotImplementedError
 
     def _force_close(self, error: BaseException | None) -> None:
         """Ends the connection at once; the protocol is told later."""
@@ -137,14 +168,25 @@ class SendingHalf(transports._FlowControlMixin):
         except OSError as error:
             self._write_failed(error)
             return
+        if self._stamps is not None:
+            self._stamps.note_out(sent)
         if sent != sum(map(len, pieces)):
             self._keep(b"".join(pieces), sent)
 
     def _keep(self, data: Buffer, sent: int) -> None:
         """Keeps what the socket did not take."""
         self._out = bytearray(memoryview(data)[sent:])
-        self._watch(self._interest | OUT)
+        self._send_later()
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
+
+    def _send_later(self) -> None:
+        """Has the loop send what is unsent when the socket takes it, if it does not wait for that already."""
+        if self._interest & OUT:
+            return
+        if (patience := self._keeper.patience) is not None and patience.write:
+            self._stuck = now = monotonic()
+            patience.deadlines.watch(self, now + patience.write / LOOKS)
+        self._watch(self._interest | OUT)
 
     def _write_later(self, data: Buffer) -> None:
         data = _octets(data)
@@ -159,9 +201,7 @@ class SendingHalf(transports._FlowControlMixin):
             return
         assert self._out is not None  # noqa: S101 (for the type checker)
         if 0 < self._keeper.write_limit < len(self._out):
-            words = "closed a client that does not read: %d bytes unsent, %s"
-            log.warning(words, len(self._out), self._name(), extra=self.about())
-            self._force_close(WriteBufferFull(f"{len(self._out)} bytes unsent"))
+            self.end(WriteBufferFull(f"it does not read: {len(self._out)} bytes are unsent"))
             return
         self._out += data
         if self._corks:
@@ -181,6 +221,7 @@ class SendingHalf(transports._FlowControlMixin):
             self._write_failed(error)
             return
         del out[:sent]
+        self._stuck = monotonic()
         if not (out or self._closing or self._eof_sent or self._corks):
             self._out = None
         # The handler may write, close or abort in it.
@@ -210,7 +251,7 @@ class SendingHalf(transports._FlowControlMixin):
             return
         self._eof_sent = True
         if self._out:
-            self._watch(self._interest | OUT)
+            self._send_later()
         else:
             self._out = SHUT
             self._shut_down()
@@ -235,7 +276,7 @@ class SendingHalf(transports._FlowControlMixin):
         """
         if self._error is None:  # without its traceback, which knows this transport
             self._error = type(error)(*error.args)
-        if error.errno in _VANISHED:
+        if is_vanished(error):
             log.info("%s has vanished: %s", self._name(), error.strerror, extra=self.about())
         elif not isinstance(error, _GONE):
             log.warning("%s: %s: %s", self._name(), message, error, extra=self.about())
@@ -245,4 +286,4 @@ class SendingHalf(transports._FlowControlMixin):
         return {"client": str(self._peer), "listener": self._keeper.listener}
 
     def _name(self) -> str:
-        return f"client {self._peer!r}" if self._peer else f"descriptor {self._fd}"
+        return f"client {self._peer!r}" if self._peer else f"client on descriptor {self._fd}"

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from asyncio import constants, trsock
 from contextvars import copy_context
+from time import monotonic
 from typing import Any
 
 from forkd.drain import draining
 from forkd.serve.delivery import Delivery
 from forkd.serve.loop import EDGE, IN, OUT, PollLoop
-from forkd.serve.receiving import ReceivingHalf
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
+from forkd.serve.stamps import Stamps
+from forkd.serve.upkeep import Upkeep
+
+_SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 
 
-class Transport(ReceivingHalf, Delivery):
+class Transport(Upkeep, Delivery):
     """One accepted connection.
 
     Args:
@@ -61,10 +66,19 @@ class Transport(ReceivingHalf, Delivery):
         self._eof_sent = False
         self._conn_lost = 0
         self._error = None
+        self._stuck = self._asked = self.due = 0.0
+        self._queue = 0
+        self._stamps = None
+        self._opened = opened = monotonic()
+        if (patience := keeper.patience) is not None and patience.first:
+            patience.deadlines.watch(self, opened + patience.first)
         # As with asyncio's transport, a context variable that is set while one connection is served is not seen by
         # others.
         self._context = copy_context()
         self.set_protocol(protocol)
+        if sock.family == socket.AF_UNIX and (patience is not None or keeper.access):
+            self._stamps = stamps = Stamps(sock, opened)
+            self._recv, self._send = stamps.recv, stamps.send
 
     def start(self) -> None:
         """Tells the protocol that it is connected, then begins to read."""
@@ -97,6 +111,7 @@ class Transport(ReceivingHalf, Delivery):
             return
         self._closing = True
         if self._out:
+            self._send_later()
             self._watch(OUT)
             return
         self._out = SHUT
@@ -107,6 +122,21 @@ class Transport(ReceivingHalf, Delivery):
     def abort(self) -> None:
         """Closes at once; what is unsent is lost."""
         self._force_close(None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the protocol has been told, or will be next, that the connection is lost."""
+        return self._conn_lost > 0
+
+    @property
+    def peer(self) -> Any:
+        """The peer's address, as accept(2) gave it."""
+        return self._peer
+
+    @property
+    def cookie(self) -> int:
+        """What the kernel calls the connection, as `sock_diag` tells it (socket(7), SO_COOKIE). Raises OSError."""
+        return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
 
     def _force_close(self, error: BaseException | None) -> None:
         # By this name loop.start_tls's protocol ends the transport below it.
@@ -123,9 +153,7 @@ class Transport(ReceivingHalf, Delivery):
         if self._closing:
             return
         try:
-            # Of a connection that has gone over to TLS (loop.start_tls) the handler's protocol is the inner one.
-            protocol = getattr(self._protocol, "_app_protocol", self._protocol)
-            shutdown = getattr(protocol, "shutdown", None)
+            shutdown = getattr(self._inner_protocol(), "shutdown", None)
             if callable(shutdown):
                 self._context.run(shutdown)
         except (SystemExit, KeyboardInterrupt):
@@ -139,6 +167,10 @@ class Transport(ReceivingHalf, Delivery):
             selector.epoll.unregister(self._fd)
             self._interest = 0
         self._out = SHUT
+        if self.due and (patience := self._keeper.patience) is not None:
+            patience.deadlines.forget(self)
+        if self._keeper.access:
+            self._record(error)
         try:
             self._context.run(self._protocol.connection_lost, error)  # type: ignore[arg-type]
         except (SystemExit, KeyboardInterrupt):

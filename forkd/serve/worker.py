@@ -23,6 +23,8 @@ from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
+from forkd.serve.answers import answer
+from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler, import_handlers
@@ -33,6 +35,7 @@ from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.identity import Identity
 from forkd.system.logs import replace_log, set_role
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
+from forkd.system.roll import Roll
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from forkd.system.sockets import BoundListener
 
@@ -97,9 +100,10 @@ class Worker:
         self._settings = settings
         self._station = station
         self._loop = loop
-        self._tally = Tally(station.row)
+        self._tally = Tally(station.row, Roll(board.regions.of(station.row.index)))
         loop.on_error = self._tally.failed
         self._balance = Balance(loop, board, self._tally)
+        self._deadlines = Deadlines(loop)
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
         self._born = loop.time()
         self._wear = Wear(settings.recycle, random.random())  # noqa: S311
@@ -137,7 +141,16 @@ class Worker:
         log.debug("serves")
 
     def _server(self, bound: BoundListener, handler: Handler) -> Serve:
-        return host(handler, bound.listener, self._loop, self._tally, self._conversations)
+        return host(
+            handler,
+            bound.listener,
+            bound.address,
+            self._loop,
+            self._tally,
+            self._conversations,
+            self._deadlines,
+            access=self._settings.log.access,
+        )
 
     def _beat(self) -> None:
         """At each heartbeat: says on the scoreboard that the loop turns, and how late it came round."""
@@ -193,6 +206,9 @@ class Worker:
         for message in messages:
             if message.get("order") == "log" and channel.descriptors:
                 replace_log(channel.descriptors.pop(0))
+            elif (found := answer(self._loop, message)) is not None:
+                with contextlib.suppress(ChannelClosed):  # as in `_look_for_wear`
+                    channel.send(found)
             else:
                 log.warning("the master says what this worker does not understand: %r", message)
 

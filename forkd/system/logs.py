@@ -63,7 +63,9 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: time, level, daemon, process, pid, logger, message; a traceback if there is one."""
+    """One JSON object a record: time, level, daemon, process, pid, logger, message, what it is about (`EXTRA`); a
+    traceback if there is one.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -74,6 +76,7 @@ class JsonFormatter(logging.Formatter):
             "pid": os.getpid(),
             "logger": record.name,
             "message": record.getMessage(),
+            **{name: getattr(record, name) for name in EXTRA if hasattr(record, name)},
         }
         if traceback := _traceback(self, record):
             fields["traceback"] = traceback
@@ -92,7 +95,7 @@ def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
 _PLAIN = logging.Formatter()
 
 #: Attributes of a record that say what it is about, where who logged it has given them by `extra`.
-EXTRA = ("worker", "client", "listener")
+EXTRA = ("worker", "client", "listener", "seconds", "reason", "bytes_in", "bytes_out", "rtt")
 
 
 class DescriptorHandler(logging.Handler):
@@ -148,6 +151,10 @@ class JournalHandler(logging.Handler):
         return {**fields, **about}
 
 
+#: The logger of the access log, which has a setting of its own; the level is for all others.
+ACCESS = "forkd.access"
+
+
 def open_log(target: Path | str) -> int:
     """A descriptor to log to.
 
@@ -198,6 +205,7 @@ def start_logging(daemon: str, level: str, form: str, descriptor: int) -> None:
         handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(with_priority=with_priority))
     logging.captureWarnings(capture=True)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.getLogger(ACCESS).setLevel(logging.INFO)
 
 
 def replace_log(descriptor: int, *, output: bool = True) -> None:

@@ -27,6 +27,13 @@ class Field(IntEnum):
     CLOSED = auto()
     ERRORS = auto()  # exceptions out of handlers
     LAG = auto()  # how late the loop's last heartbeat was
+    ENDED_FIRST_BYTE = auto()  # connections that were ended for one of the reasons of `forkd.ended`, each by its name
+    ENDED_IDLE = auto()
+    ENDED_WRITE = auto()
+    ENDED_LIFETIME = auto()
+    ENDED_HEARTBEAT = auto()
+    ENDED_WRITE_BUFFER = auto()
+    ENDED_KILLED = auto()
 
 
 #: The load of a row whose worker takes no clients: more than any worker's, so the least load never is its.

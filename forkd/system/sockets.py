@@ -44,6 +44,12 @@ class BoundListener:
     inode: tuple[int, int] | None = None
     lent: bool = False
 
+    def places(self) -> dict[str, Any]:
+        """Where its sockets are bound, fit for JSON: the address, and family, host and port of each socket that is
+        open; of a unix one the path, an abstract one with NUL before it.
+        """
+        return {"address": str(self.address), "sockets": [_place(sock) for sock in self.sockets if sock.fileno() >= 0]}
+
     def described(self) -> dict[str, Any]:
         """All but the settings and the sockets, fit for JSON; `BoundListener.taken` makes it one again."""
         return {
@@ -87,6 +93,13 @@ class BoundListener:
             with contextlib.suppress(FileNotFoundError):
                 if inode_of(self.address.path) == self.inode:
                     Path(self.address.path).unlink()
+
+
+def _place(sock: socket.socket) -> list[Any]:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return [sock.family, os.fsdecode(name), 0]
+    return [sock.family, *name[:2]]
 
 
 def bind_listener(listener: Listener) -> BoundListener:

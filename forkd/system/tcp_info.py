@@ -14,6 +14,8 @@ ESTABLISHED, SYN_SENT, SYN_RECV, FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSE, CLOSE_W
     1, 12
 )
 
+_ENDED_BY_PEER = (CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT)
+
 _FORM = struct.Struct("=B7x 16x 2I 12x I 4x 2I 8x I 48x 2Q 8x I 52x 2Q")
 _ZEROS = bytes(_FORM.size)
 
@@ -31,7 +33,7 @@ class TcpInfo(NamedTuple):
         last_ack_received: milliseconds since an acknowledgement last came.
         rtt: the smoothed round-trip time, in microseconds.
         bytes_acked: of the data that was sent.
-        bytes_received: of data.
+        bytes_received: of data, and one for the end of file; see `received`.
         notsent: bytes that wait for the peer's window, or the network, before they are sent for the first time.
         bytes_sent: with those that were sent again.
         bytes_retrans: those that were sent again.
@@ -49,6 +51,16 @@ class TcpInfo(NamedTuple):
     notsent: int
     bytes_sent: int
     bytes_retrans: int
+
+    @property
+    def received(self) -> int:
+        """Bytes of data that have come. The kernel counts the end of file as one (tcp_rcv_nxt_update)."""
+        return self.bytes_received - (self.state in _ENDED_BY_PEER)
+
+    @property
+    def sent(self) -> int:
+        """Bytes of data that were sent, each once."""
+        return self.bytes_sent - self.bytes_retrans
 
     @classmethod
     def parse(cls, data: bytes) -> TcpInfo:

@@ -1,0 +1,85 @@
+"""Handlers that say in the log what ended their connections."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+log = logging.getLogger("lasting")
+
+
+class Echo(asyncio.Protocol):
+    """An echo that reads no more from a client that does not read."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def pause_writing(self) -> None:
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        log.info("lost by %s: %s", type(error).__name__, error)
+
+
+class Asking(Echo):
+    """Asks its client whether it is there."""
+
+    def heartbeat(self) -> None:
+        self.transport.write(b"?")
+
+
+class Failing(Echo):
+    """Raises instead."""
+
+    def heartbeat(self) -> None:
+        raise ValueError("no heart")
+
+
+class Filling(asyncio.BufferedProtocol):
+    """Takes what comes into a buffer of its own, and echoes it."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(65536)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.transport.writelines([bytes(self.buffer[:nbytes]), b""])
+
+    def connection_lost(self, error: Exception | None) -> None:
+        log.info("lost by %s: %s", type(error).__name__, error)
+
+
+class Parting(asyncio.Protocol):
+    """Says more than its client takes, and closes."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(bytes(64 << 20))
+        transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        log.info("lost by %s: %s", type(error).__name__, error)
+
+
+async def streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An echo by streams."""
+    try:
+        while data := await reader.read(4096):
+            writer.write(data)
+            await writer.drain()
+    except Exception as error:
+        log.info("read raises %s: %s", type(error).__name__, error)
+        raise
