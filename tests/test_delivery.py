@@ -199,7 +199,10 @@ def test_only_what_the_socket_does_not_take_is_stuck(kit, closing):
     listener = Listener(address=parse_address("tcp://127.0.0.1:0"), handler="a:b", timeouts=timeouts)
     kit.keeper.patience = Patience(listener, Deadlines(kit.loop))
     protocol = Recorder(kit)
-    transport, _ = kit.connect(protocol)
+    transport, peer = kit.connect(protocol)
+    transport.write(b"x" * MUCH)  # something was stuck before
+    kit.in_thread(read_exactly, peer, MUCH)
+    kit.turn()
     with transport.cork():
         transport.write(b"x" * 100)
         assert [transport.look(monotonic() + later) for later in (60, 120)] == [0.0, 0.0]
