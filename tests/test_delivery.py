@@ -203,6 +203,7 @@ def test_only_what_the_socket_does_not_take_is_stuck(kit, closing):
     transport.write(b"x" * MUCH)  # something was stuck before
     kit.in_thread(read_exactly, peer, MUCH)
     kit.turn()
+    kit.keeper.patience.deadlines.forget(transport)
     with transport.cork():
         transport.write(b"x" * 100)
         assert [transport.look(monotonic() + later) for later in (60, 120)] == [0.0, 0.0]

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 import time
+from asyncio import base_events
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,18 @@ def test_the_end_of_file_is_told_at_once_where_nothing_is_unread(kit, recorder, 
     transport.resume_reading()
     kit.until(lambda: protocol.lost)
     assert protocol.calls.count("eof_received") == 1
+
+
+@forkd_only
+def test_a_protocol_that_takes_over_is_told_what_the_one_before_it_was_not(kit):
+    """As asyncio's sendfile puts its own in charge for a while."""
+    protocol, transport, peer = paused(Recorder, kit)
+    transport.set_protocol(base_events._SendfileFallbackProtocol(transport))
+    peer.shutdown(socket.SHUT_WR)
+    kit.turn()
+    transport.set_protocol(protocol)
+    kit.until(lambda: "eof_received" in protocol.calls)
+    assert protocol.lost == []
 
 
 @forkd_only
