@@ -1,8 +1,8 @@
 """What a handler may want to know of what it has written: whether the peer has it, and in how many segments it goes.
 
 That `write` returns says only that the bytes are kept somewhere: in the transport, in this machine's kernel, on the
-way. What the peer's kernel has not acknowledged its kernel's owner may never see. (Whether the peer's program has read
-it only the peer's program can say.)
+way. What the peer's kernel has not acknowledged may never arrive; whether its program has read the rest only that
+program can say.
 
     with transport.cork():
         transport.write(head)

@@ -116,7 +116,7 @@ def shortcomings(settings: Settings) -> Iterator[str]:
 
 def _overruled(listener: Listener) -> Iterator[tuple[str, str]]:
     alive = listener.keepalive
-    if not alive.idle or listener.address.scheme == "unix":
+    if not alive.idle or listener.address.scheme not in ("tcp", "fd"):
         return
     found_out = alive.idle + alive.interval * alive.count
     if found_out < alive.user_timeout:
