@@ -95,6 +95,8 @@ def values(kind: Kind[Any] | ListOf | type) -> st.SearchStrategy[Any]:
         return section(kind)
     if kind.name == "whole number":
         return st.integers(kind.schema["minimum"], kind.schema["maximum"])
+    if kind.bounds is not None:
+        return (st.integers if kind.name == "size" else st.floats)(*kind.bounds)
     return st.sampled_from(kind.schema["enum"]) if "enum" in kind.schema else VALUES[kind.name]
 
 

@@ -61,6 +61,13 @@ def test_one_daemon_serves_several_listeners_each_with_its_own_handler(harness: 
             assert echoes(client)
 
 
+def test_a_streams_handler_gathers_writes_and_hears_of_their_delivery_by_its_writer(harness: Harness) -> None:
+    client = harness.connect(harness.daemon(target="forms:as_corked_streams", workers=1).run())
+    client.sendall(b"go on\n")
+    assert client.recv(100) == b"one two three\n"
+    assert client.recv(100) == b"0 unacknowledged\n"
+
+
 # Handlers that raise
 
 

@@ -16,6 +16,7 @@ from processes import PATIENCE
 from single import Single
 
 from forkd.config.address import parse_address
+from forkd.config.options import Listener
 from forkd.errors import ForkdError
 from forkd.serve.rendezvous import Rendezvous
 
@@ -182,7 +183,7 @@ def test_ipv6_does_as_well(single: Make) -> None:
 def test_addresses_that_can_not_meet_are_refused(ports: tuple[int, int], ours: str, theirs: str, said: str) -> None:
     one, other = (parse_address(f"tcp://{text.replace('PORT', str(ports[0]))}") for text in (ours, theirs))
     with pytest.raises(ForkdError) as caught:
-        Rendezvous(one, other)
+        Rendezvous(Listener(address=one, handler="forkd.builtin:Echo"), other)
     assert said in str(caught.value)
 
 

@@ -56,7 +56,7 @@ DEFAULTS = {
     "kind": "auto",
     "backlog": "4096",
     "timeouts": {"first_byte": "1m", "idle": "10m", "write": "1m", "lifetime": "off"},
-    "keepalive": {"idle": "1m", "interval": "10s", "count": "6", "user_timeout": "2m", "heartbeat": "off"},
+    "keepalive": {"idle": "1m", "interval": "10s", "count": "6", "heartbeat": "off"},
     "multicast": [],
     "socket": {
         "nodelay": "true",
@@ -193,7 +193,7 @@ def test_anything_that_is_handed_over_brings_settings_or_a_config_error(
     plain = to_plain(found)
     place = plain[key] if inner else plain
     if isinstance(place, dict):
-        place[key if place is plain else next(iter(place))] = junk
+        place[key if place is plain else next(iter(place), "nofile")] = junk
     elif isinstance(place, list):
         place.append(junk)
     for handed in (plain, junk):

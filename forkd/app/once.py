@@ -25,10 +25,11 @@ from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.once import Door, serve_one
 from forkd.serve.settle import settle
 from forkd.system.identity import find_identity
-from forkd.system.inherited import address_of, is_connected, is_listening, send_at_once, take_inherited
+from forkd.system.inherited import address_of, is_connected, is_listening, take_inherited
 from forkd.system.logs import open_log, set_role, start_logging
 from forkd.system.pidfile import PidFile
 from forkd.system.sockets import BoundListener, bind_listener
+from forkd.system.tuning import shortcomings, tune
 
 if TYPE_CHECKING:
     from forkd.config.units import Network
@@ -164,7 +165,7 @@ def _entrance(settings: Settings) -> Entrance:
     if once.rendezvous is not None:
         from forkd.serve.rendezvous import Rendezvous  # noqa: PLC0415 (as above)
 
-        meeting = Rendezvous(listener.address, once.rendezvous)
+        meeting = Rendezvous(listener, once.rendezvous)
         return Entrance(meeting, seat, "connecting", str(meeting.address), meeting.leave)
     bound = bind_listener(replace(listener, backlog=1))
     return Entrance(_door(bound, once.from_), seat, "listening", str(bound.address), bound.close)
@@ -183,7 +184,7 @@ def _inherited(settings: Settings) -> Entrance:
     if seat >= 0 and seat not in {one.number for one in found}:
         _reserve(seat)
     for one in found:
-        send_at_once(one.sock)
+        tune(one.sock, listener)
     if once.from_ and first.sock.family == socket.AF_UNIX:
         raise ForkdError(f"once.from: means where a tcp client comes from, and {listener.address} is a unix socket")
     if is_listening(first.sock) or (first.sock.type == socket.SOCK_DGRAM and not is_connected(first.sock)):
@@ -222,6 +223,8 @@ def _detached(settings: Settings, entrance: Entrance, descriptor: int, launcher:
 
 def _serve(settings: Settings, entrance: Entrance, on_ready: Callable[[Ready], None]) -> int:
     set_role("once")
+    for short in shortcomings(settings):
+        log.warning("%s", short)
     try:
         identity = find_identity(settings)
         with _pid_file(settings) as write_pid:

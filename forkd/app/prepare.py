@@ -22,6 +22,7 @@ from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
 from forkd.system.limits import raise_limits
 from forkd.system.sockets import bind_listener, match_listeners
+from forkd.system.tuning import shortcomings, try_options
 from forkd.wire import Message
 
 log = logging.getLogger("forkd")
@@ -31,6 +32,8 @@ def warn(settings: Settings) -> None:
     """Logs what these settings want and can't have, or should not."""
     for lacking in raise_limits(settings.rlimits):
         log.warning("%s", lacking)
+    for short in shortcomings(settings):
+        log.warning("%s", short)
     if settings.chroot is not None and settings.user is None and os.geteuid() == 0:
         log.warning("chroot: holds nobody in who is root, as these workers are; set user too")
 
@@ -59,7 +62,9 @@ def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[
         warn(settings)
         _say(channel, {"event": "settings", "settings": to_plain(settings), "identity": identity.plain()})
         for place, kept in enumerate(match_listeners(settings.listen, present.bound)):
-            if kept is None:
+            if kept is not None:
+                try_options(kept.listener, kept.sockets[0])
+            else:
                 bound = bind_listener(settings.listen[place], wanted_workers(settings))
                 message = {"event": "bound", "place": place, **bound.described()}
                 _say(channel, message, [sock.fileno() for sock in bound.sockets])

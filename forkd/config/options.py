@@ -23,6 +23,9 @@ BUILTIN_ECHO = "forkd.builtin:Echo"
 BUILTIN_DATAGRAM_ECHO = "forkd.builtin:DatagramEcho"
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7007"
 
+_INT_MAX = (1 << 31) - 1  # of what setsockopt(2) takes
+_LONGEST_KEEPALIVE = 32767.0  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL of net/tcp.h
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
@@ -50,17 +53,26 @@ class Keepalive:
     """How clients that have vanished without a word are found out."""
 
     idle: float = option(
-        units.DEADLINE,
-        "Silence after which the kernel asks whether the client is there (tcp(7)). off or 0: never.",
+        units.within(units.DEADLINE, 0.0, _LONGEST_KEEPALIVE),
+        "Silence after which the kernel asks whether the client is there (tcp(7)), in whole seconds. off or 0: never.",
         60.0,
     )
-    interval: float = option(units.DURATION, "Time from one such question to the next.", 10.0)
-    count: int = option(units.integer(1, 127), "Unanswered questions after which the connection is dead.", 6)
-    user_timeout: float = option(
-        units.DEADLINE,
-        "Time for which what was sent may stay unacknowledged, or the client's window shut, before the connection is "
-        "dead (TCP_USER_TIMEOUT of tcp(7)). off or 0: the kernel's own patience.",
-        120.0,
+    interval: float = option(
+        units.within(units.DURATION, 0.001, _LONGEST_KEEPALIVE),
+        "Time from one such question to the next, in whole seconds.",
+        10.0,
+    )
+    count: int = option(
+        units.integer(1, 127),
+        "Unanswered questions after which the connection is dead; where there is a `user_timeout`, that decides.",
+        6,
+    )
+    user_timeout: float | None = option(
+        units.within(units.DEADLINE, 0.0, _INT_MAX / 1000),
+        "Time for which what was sent may stay unacknowledged, keepalive's questions too, or the client's window shut, "
+        "before the connection is dead (TCP_USER_TIMEOUT of tcp(7)). off or 0: the kernel's own patience. Default: as "
+        "long as keepalive takes in all, which is 2m by default, or 2m where it asks nobody.",
+        None,
     )
     heartbeat: float = option(
         units.DEADLINE,
@@ -68,6 +80,18 @@ class Keepalive:
         "connection is closed. off or 0: never.",
         0.0,
     )
+
+    @property
+    def questioning(self) -> float:
+        """Seconds of silence after which the questions have found out who has vanished."""
+        return self.idle + self.interval * self.count
+
+    @property
+    def patience(self) -> float:
+        """Seconds of `user_timeout`, also where it is not given."""
+        if self.user_timeout is not None:
+            return self.user_timeout
+        return min(self.questioning, _INT_MAX / 1000) if self.idle else 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +103,21 @@ class SocketOptions:
         units.BOOLEAN, "Acknowledge at once what comes (TCP_QUICKACK), at the price of a system call a read.", False
     )
     busy_poll: float = option(
-        units.DURATION,
+        units.within(units.DURATION, 0.0, _INT_MAX / 1e6),
         "Time for which a read looks for packets at the network device itself (SO_BUSY_POLL), as in 0.05ms. 0: the "
         "system's own.",
         0.0,
     )
     send_buffer: int = option(
-        units.SIZE, "Bytes that the kernel keeps for sending (SO_SNDBUF). 0: as many as it finds right.", 0
+        units.within(units.SIZE, 0, _INT_MAX),
+        "Bytes that the kernel keeps for sending (SO_SNDBUF). 0: as many as it finds right.",
+        0,
     )
     receive_buffer: int = option(
-        units.SIZE, "Bytes that the kernel keeps of what has come (SO_RCVBUF). 0: as many as it finds right.", 0
+        units.within(units.SIZE, 0, _INT_MAX),
+        "Bytes that the kernel keeps of what has come (SO_RCVBUF); a unix socket has no such thing. 0: as many as it "
+        "finds right.",
+        0,
     )
 
 

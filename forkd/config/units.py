@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -47,6 +47,7 @@ class Kind(Generic[T]):
         show: value to the text that parses to it again.
         schema: the JSON Schema (draft-07) of what may be written.
         unset: the word that is read as None, where there is one.
+        bounds: the least and the most that there is, where there are such.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Kind(Generic[T]):
     show: Callable[[T], str]
     schema: Mapping[str, Any]
     unset: str = ""
+    bounds: tuple[Any, Any] | None = None
 
     def text(self, value: T | None) -> str | None:
         """As `show`; None for a None that no word stands for."""
@@ -167,6 +169,18 @@ def choice(*words: str) -> Kind[str]:
         return text
 
     return Kind(" or ".join(words), parse, str, {"enum": list(words)})
+
+
+def within(kind: Kind[Any], least: float, most: float) -> Kind[Any]:
+    """`kind`, with no less and no more than that."""
+
+    def parse(text: str) -> Any:
+        value = kind.parse(text)
+        if not least <= value <= most:
+            raise ValueError(f"{text} is not from {kind.show(least)} to {kind.show(most)}")
+        return value
+
+    return replace(kind, parse=parse, bounds=(least, most))
 
 
 def _or_word(word: str, kind: Kind[T]) -> Kind[T | None]:

@@ -21,6 +21,10 @@ from typing import Any
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
 ERR = select.EPOLLERR
+HUP = select.EPOLLHUP
+RDHUP = select.EPOLLRDHUP
+#: Each change reported once, not for as long as it lasts: a hang-up lasts for ever (epoll(7)).
+EDGE = select.EPOLLET
 #: Readable, for one waiter alone of those that wait on the same listener (epoll_ctl(2), EPOLLEXCLUSIVE).
 IN_EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from asyncio import base_events
 from collections.abc import Callable
 from typing import Any
 
-from forkd.serve.loop import ERR, IN, OUT
+from forkd.serve.loop import EDGE, ERR, HUP, IN, OUT, RDHUP
 from forkd.serve.sending import SendingHalf
 
 #: Bytes of one read at most.
@@ -23,13 +24,13 @@ _RESET = errno.ECONNRESET, os.strerror(errno.ECONNRESET)
 class ReceivingHalf(SendingHalf):
     """What a transport needs for receiving. Its subclass fills these fields, all in one go."""
 
-    __slots__ = ("_deliver", "_ended_by_peer", "_paused", "_reader", "_recv")
+    __slots__ = ("_deliver", "_kept_open", "_paused", "_reader", "_recv")
 
     _deliver: Any  # data_received of the protocol in charge
     _reader: Any  # what reads for it
     _recv: Callable[[int], bytes]
     _paused: bool
-    _ended_by_peer: bool  # whether its end of file has come
+    _kept_open: bool | None  # what the protocol has answered to the end of file; None: it has not been told of any
 
     def close(self) -> None:
         """Stops reading, sends what is unsent, then closes."""
@@ -104,6 +105,60 @@ class ReceivingHalf(SendingHalf):
                     ConnectionResetError(*_RESET) if number == _RESET[0] else OSError(number, os.strerror(number))
                 )
             self._reader(IN)
+        elif self._interest & EDGE and mask & (RDHUP | HUP | ERR):
+            self._hung_up(mask)
+
+    def _hung_up(self, mask: int) -> None:
+        """While nothing is read: the peer has reset the connection, has closed it, or sends no more.
+
+        A reset ends the connection. The end of file is told, unless there is something to be read before it; but the
+        transport does not close itself then, as it would otherwise, before the handler reads on: a peer that has only
+        shut down its sending side may be owed an answer, and it looks like one that has closed.
+        """
+        if mask & ERR and (number := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            # A reset that comes after the end of file is EPIPE to Linux.
+            self._error = (
+                ConnectionResetError(*_RESET)
+                if number in (errno.ECONNRESET, errno.EPIPE)
+                else OSError(number, os.strerror(number))
+            )
+        if self._error is not None:
+            self._broken(self._error)
+            return
+        if self._kept_open is None and not (self._nothing_unread() and self._tell_end_of_file()):
+            return
+        # It reads on already; or the connection is closed in both directions, and no answer can be sent.
+        if not self._kept_open and (mask & HUP or not self._paused):
+            self.close()
+
+    def _nothing_unread(self) -> bool:
+        """Whether the next read would find the end of file, and the protocol can be told of it."""
+        # asyncio's sendfile takes anything but a loss for a mistake while it has the connection.
+        if isinstance(self._protocol, base_events._SendfileFallbackProtocol):  # type: ignore[attr-defined]
+            return False
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            self._broken(error)
+            return False
+
+    def _broken(self, error: OSError) -> None:
+        self._report(error, "Fatal read error on socket transport")
+        self._force_close(error)
+
+    def _tell_end_of_file(self) -> bool:
+        """Tells the protocol, whose answer is in `_kept_open` then; False when it has raised instead."""
+        self._kept_open = True  # should it read on in there it has been told already
+        try:
+            self._kept_open = bool(self._context.run(self._protocol.eof_received))  # type: ignore[attr-defined]
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 (the handler's border)
+            self._handler_failed(error, "Fatal error: protocol.eof_received() call failed.")
+            return False
+        return True
 
     def _end_of_file(self) -> None:
         if self._conn_lost:
@@ -111,16 +166,11 @@ class ReceivingHalf(SendingHalf):
         if self._error is not None:
             self._read_failed(self._error)
             return
-        self._ended_by_peer = True
-        try:
-            keep_open = self._context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # noqa: BLE001 (the handler's border)
-            self._handler_failed(error, "Fatal error: protocol.eof_received() call failed.")
+        if not self._tell_end_of_file():
             return
-        if keep_open:
-            self._watch(self._interest & ~IN)
+        if self._kept_open:
+            if not self._closing:
+                self._watch(self._interest & ~IN | EDGE)
         elif self._out or self._closing:
             self.close()
         else:  # called from the loop with nothing unsent, so there is nobody to be surprised by it happening at once
@@ -141,15 +191,20 @@ class ReceivingHalf(SendingHalf):
         return not self._closing and not self._paused
 
     def pause_reading(self) -> None:
-        """Receives nothing until `resume_reading`; the peer feels it when the kernel's buffer is full."""
+        """Receives nothing until `resume_reading`; the peer feels it when the kernel's buffer is full. That it has gone
+        is noticed all the same.
+        """
         if self._closing or self._paused:
             return
         self._paused = True
-        self._watch(self._interest & ~IN)
+        self._watch(self._interest & ~IN | RDHUP | EDGE)
 
     def resume_reading(self) -> None:
         """Receives again."""
         if self._closing or not self._paused:
             return
         self._paused = False
-        self._watch(self._interest | IN)
+        if self._kept_open is None:
+            self._watch(self._interest & ~(RDHUP | EDGE) | IN)
+        elif not self._kept_open:
+            self.close()

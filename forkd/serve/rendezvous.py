@@ -19,9 +19,11 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from forkd.config.address import Address
+from forkd.config.options import Listener
 from forkd.errors import ForkdError
 from forkd.serve.loop import OUT, PollLoop
-from forkd.system.inherited import address_of, send_at_once
+from forkd.system.inherited import address_of
+from forkd.system.tuning import tune
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
@@ -54,14 +56,16 @@ class Rendezvous:
     """The door. Bound from the first, so that nobody else gets the port.
 
     Args:
-        ours: where to connect from; port 0: any free one.
+        listener: its address is where to connect from (port 0: any free one), and the connection follows its settings.
         theirs: where to connect to.
 
     Raises:
         ForkdError: one of the addresses can't be had, or both are the same.
     """
 
-    def __init__(self, ours: Address, theirs: Address) -> None:
+    def __init__(self, listener: Listener, theirs: Address) -> None:
+        ours = listener.address
+        self._listener = listener
         self._wanted = theirs
         self._family, self._ours, self._theirs = _resolved(ours, theirs)
         try:
@@ -93,9 +97,9 @@ class Rendezvous:
             # The port is shared with the socket that holds it, and with the one before this one.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            send_at_once(sock)
+            tune(sock, self._listener)
             sock.bind(self._ours)
-        except OSError:
+        except (OSError, ForkdError):
             sock.close()
             raise
         return sock

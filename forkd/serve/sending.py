@@ -7,6 +7,7 @@ transport. `write` is on the path of every request.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from asyncio import constants, transports
@@ -30,6 +31,7 @@ LOW_WATER = HIGH_WATER // 4
 SHUT = bytearray()
 
 _GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+_VANISHED = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 
 
 def _octets(data: Buffer) -> Buffer:
@@ -39,6 +41,11 @@ def _octets(data: Buffer) -> Buffer:
     if not isinstance(data, bytes | bytearray):
         raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
     return data
+
+
+def is_vanished(error: BaseException) -> bool:
+    """Whether the kernel says by it that the peer answers no more (keepalive, TCP_USER_TIMEOUT) or is out of reach."""
+    return isinstance(error, OSError) and error.errno in _VANISHED
 
 
 class Keeper(Protocol):
@@ -76,6 +83,7 @@ class SendingHalf(transports._FlowControlMixin):
         "_closing",
         "_conn_lost",
         "_context",
+        "_corks",
         "_eof_sent",
         "_error",
         "_fd",
@@ -100,6 +108,7 @@ class SendingHalf(transports._FlowControlMixin):
     _peer: Any
     _keeper: Keeper
     _out: bytearray | None  # unsent bytes; None: nothing is unsent and `write` may send at once
+    _corks: int  # blocks of the handler that gather what is written
     _interest: int  # what epoll watches this descriptor for
     _closing: bool
     _eof_sent: bool
@@ -127,6 +136,10 @@ class SendingHalf(transports._FlowControlMixin):
 
     def _connection_lost(self, error: BaseException | None) -> None:
         """Tells the protocol, and closes the socket."""
+        raise NotImplementedError
+
+    def _send_gathered(self) -> None:
+        """Sends what a block of the handler has gathered."""
         raise NotImplementedError
 
     def write(self, data: Buffer) -> None:
@@ -167,11 +180,17 @@ class SendingHalf(transports._FlowControlMixin):
     def _keep(self, data: Buffer, sent: int) -> None:
         """Keeps what the socket did not take."""
         self._out = bytearray(memoryview(data)[sent:])
+        self._send_later()
+        self._maybe_pause_protocol()  # type: ignore[attr-defined]
+
+    def _send_later(self) -> None:
+        """Has the loop send what is unsent when the socket takes it, if it does not wait for that already."""
+        if self._interest & OUT:
+            return
         if (patience := self._keeper.patience) is not None and patience.write:
             self._stuck = now = monotonic()
             patience.deadlines.watch(self, now + patience.write / LOOKS)
         self._watch(self._interest | OUT)
-        self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _write_later(self, data: Buffer) -> None:
         data = _octets(data)
@@ -189,6 +208,10 @@ class SendingHalf(transports._FlowControlMixin):
             self.end(WriteBufferFull(f"it does not read: {len(self._out)} bytes are unsent"))
             return
         self._out += data
+        if self._corks:
+            most: int = self._high_water  # type: ignore[attr-defined]
+            if len(self._out) > min(most, self._keeper.write_limit or most):
+                self._send_gathered()
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _flush(self) -> None:
@@ -203,7 +226,7 @@ class SendingHalf(transports._FlowControlMixin):
             return
         del out[:sent]
         self._stuck = monotonic()
-        if not out and not self._closing and not self._eof_sent:
+        if not (out or self._closing or self._eof_sent or self._corks):
             self._out = None
         # The handler may write, close or abort in it.
         self._context.run(self._maybe_resume_protocol)  # type: ignore[attr-defined]
@@ -231,7 +254,9 @@ class SendingHalf(transports._FlowControlMixin):
         if self._closing or self._eof_sent:
             return
         self._eof_sent = True
-        if self._out is None:
+        if self._out:
+            self._send_later()
+        else:
             self._out = SHUT
             self._shut_down()
 
@@ -250,8 +275,14 @@ class SendingHalf(transports._FlowControlMixin):
         raise NotImplementedError
 
     def _report(self, error: OSError, message: str) -> None:
-        """A client that goes away, as its `connection_lost` hears, is nothing to log; anything else is."""
-        if not isinstance(error, _GONE):
+        """Keeps why the connection ends. That a client goes away, as its `connection_lost` hears, is nothing to log;
+        that one has vanished is worth a line; anything else is a warning.
+        """
+        if self._error is None:  # without its traceback, which knows this transport
+            self._error = type(error)(*error.args)
+        if is_vanished(error):
+            log.info("%s has vanished: %s", self._name(), error.strerror, extra=self.about())
+        elif not isinstance(error, _GONE):
             log.warning("%s: %s: %s", self._name(), message, error, extra=self.about())
 
     def about(self) -> dict[str, str]:

@@ -16,7 +16,8 @@ from time import monotonic
 from typing import Any
 
 from forkd.drain import draining
-from forkd.serve.loop import IN, PollLoop
+from forkd.serve.delivery import Delivery
+from forkd.serve.loop import EDGE, IN, OUT, PollLoop
 from forkd.serve.sending import HIGH_WATER, LOW_WATER, SHUT, Keeper
 from forkd.serve.stamps import Stamps
 from forkd.serve.upkeep import Upkeep
@@ -24,7 +25,7 @@ from forkd.serve.upkeep import Upkeep
 _SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 
 
-class Transport(Upkeep):
+class Transport(Upkeep, Delivery):
     """One accepted connection.
 
     Args:
@@ -57,13 +58,14 @@ class Transport(Upkeep):
         self._sockname: Any = None  # asked for at the first need
         self._keeper = keeper
         self._out = None
+        self._corks = 0
         self._interest = 0
         self._paused = False
+        self._kept_open = None
         self._closing = False
         self._eof_sent = False
         self._conn_lost = 0
         self._error = None
-        self._ended_by_peer = False
         self._stuck = self._asked = self.due = 0.0
         self._queue = 0
         self._stamps = None
@@ -93,8 +95,6 @@ class Transport(Upkeep):
             # BufferedProtocol, which would be asked for a buffer in vain when there is nothing yet.
             if self._deliver is not None:
                 self._data_ready(IN)
-        elif not self._conn_lost:
-            self._loop.selector.served[self._fd] = self._mixed_ready
         # Accepted in the very last moment. Asked before it is heard, a protocol would take its client for an idle one.
         if draining():
             self.ask_to_end()
@@ -111,7 +111,8 @@ class Transport(Upkeep):
             return
         self._closing = True
         if self._out:
-            self._watch(self._interest & ~IN)
+            self._send_later()
+            self._watch(OUT)
             return
         self._out = SHUT
         self._watch(0)
@@ -233,6 +234,8 @@ class Transport(Upkeep):
             self._reader = self._data_ready
         if self._interest & IN:
             self._loop.selector.served[self._fd] = self._reader
+        elif self._interest & EDGE:  # what the one before it was not told
+            self._loop.selector.epoll.modify(self._fd, self._interest)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """What is known of the connection: `peername`, `sockname`, `socket`, and whether its worker is `draining`;

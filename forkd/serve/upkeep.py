@@ -14,7 +14,9 @@ from typing import Any
 
 from forkd.ended import Ended, WriteBufferFull
 from forkd.serve.deadlines import LOOKS, Sighting, explained, sighting_of
+from forkd.serve.loop import OUT
 from forkd.serve.receiving import ReceivingHalf
+from forkd.serve.sending import is_vanished
 from forkd.system.logs import ACCESS
 from forkd.system.tcp_info import read_tcp_info
 from forkd.system.unsent import outgoing
@@ -65,7 +67,7 @@ class Upkeep(ReceivingHalf):
         return 0.0 if again == inf else again
 
     def _see(self, now: float) -> Sighting:
-        stuck = self._stall(now) if self._out else 0.0
+        stuck = self._stall(now) if self._interest & OUT else 0.0
         if self._stamps is not None:
             stamps = self._stamps
             return Sighting(self._opened, stamps.bytes_in > 0, stamps.heard, stamps.told, stuck, self._asked)
@@ -127,7 +129,9 @@ class Upkeep(ReceivingHalf):
         if isinstance(error, Ended):
             return error.reason
         if error is None:
-            return "eof" if self._ended_by_peer else "closed"
+            return "closed" if self._kept_open is None else "eof"
+        if is_vanished(error):
+            return "vanished"
         return "reset" if isinstance(error, ConnectionError) else "error"
 
 

@@ -135,14 +135,7 @@ def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
                 f"{address}: does not listen, so it is a connection; a listening socket is wanted here, and "
                 "`forkd once` serves connections"
             )
-        send_at_once(sock)
     return address_of(found[0]), found
-
-
-def send_at_once(sock: socket.socket) -> None:
-    """TCP_NODELAY, which what a listener accepts inherits from it on Linux (tcp(7))."""
-    if sock.family != socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _find(address: Address) -> list[int]:

@@ -21,8 +21,9 @@ from forkd.errors import ForkdError
 from forkd.system.accounts import find_group, find_user
 from forkd.system.datagrams import arranged, bind_group, deafen, grow_group, width_of
 from forkd.system.holders import explained, in_use
-from forkd.system.inherited import adopt_listeners, send_at_once
+from forkd.system.inherited import adopt_listeners
 from forkd.system.paths import current_umask, inode_of, is_free, take_path
+from forkd.system.tuning import tune
 
 
 @dataclass(slots=True)
@@ -96,9 +97,12 @@ class BoundListener:
         if self.listener.address.scheme != "udp":
             return
         try:
-            self.sockets += grow_group(self.sockets, slots)
+            grown = grow_group(self.sockets, slots)
         except OSError as error:
             raise ForkdError(f"can't bind {self.address} for {slots} workers: {error.strerror}") from None
+        for sock in grown:
+            tune(sock, self.listener)
+        self.sockets += grown
         if not shrink:
             return
         width = width_of(self.sockets)
@@ -163,10 +167,15 @@ def bind_listener(listener: Listener, slots: int = 1) -> BoundListener:
     """
     address = listener.address
     if address.scheme == "fd":
-        return BoundListener(listener, *adopt_listeners(address))
+        bound = BoundListener(listener, *adopt_listeners(address))
+        for sock in bound.sockets:
+            tune(sock, listener)
+        return bound
     try:
         if address.scheme == "udp":
             sockets = bind_group(listener, slots)
+            for sock in sockets:
+                tune(sock, listener)
             where = Address("udp", host=address.host, port=sockets[0].getsockname()[1])
             return BoundListener(listener, where, sockets)
         return _bind_unix(listener) if address.is_unix else _bind_tcp(listener)
@@ -207,9 +216,13 @@ def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]
 
 
 def update_listener(bound: BoundListener) -> None:
-    """Has a listener that was kept follow its new settings: backlog, and a path's mode and owner. Raises OSError."""
-    for sock in bound.sockets if bound.listener.address.scheme in ("tcp", "unix") else ():
-        sock.listen(bound.listener.backlog)
+    """Has a listener that was kept follow its new settings: backlog, options of its connections, and a path's mode and
+    owner. Raises OSError or ForkdError.
+    """
+    for sock in bound.sockets:
+        tune(sock, bound.listener)
+        if bound.listener.address.scheme in ("tcp", "unix"):
+            sock.listen(bound.listener.backlog)
     if bound.inode is not None:
         _give(bound.listener, bound.inode)  # where there is no mode it stays as the umask of the start made it
 
@@ -240,7 +253,7 @@ def _bind_tcp(listener: Listener) -> BoundListener:
         for family, host in dict.fromkeys((info[0], str(info[4][0])) for info in infos):
             sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            send_at_once(sock)  # set once here, it costs no connection anything
+            tune(sock, listener)
             if family == socket.AF_INET6:  # so that [::]:80 and 0.0.0.0:80 can both be listened on (ipv6(7))
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((host, port))

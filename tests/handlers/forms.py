@@ -42,3 +42,14 @@ async def with_farewell(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
     for _ in range(20):
         await asyncio.sleep(0)
     logging.getLogger("forms").info("said farewell")
+
+
+async def as_corked_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers each line by three writes that are one segment, and tells when the client has them."""
+    while await reader.readline():
+        with writer.transport.cork():  # type: ignore[attr-defined]
+            for word in (b"one ", b"two ", b"three\n"):
+                writer.write(word)
+                await writer.drain()
+        await writer.transport.wait_acked(10)  # type: ignore[attr-defined]
+        writer.write(b"%d unacknowledged\n" % writer.transport.unacked())  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from forkd.serve.handlers.load import Handler
 from forkd.serve.handlers.protocol import ProtocolServer
 from forkd.serve.handlers.streams import streams_factory
 from forkd.serve.loop import PollLoop
+from forkd.system.tuning import connection_tuner
 
 
 def host(
@@ -41,7 +42,7 @@ def host(
     if handler.form == "streams":
         factory = streams_factory(handler.target, loop, conversations)
     patience = Patience(listener, deadlines)
-    return ProtocolServer(
+    server = ProtocolServer(
         loop,
         factory,
         tally,
@@ -50,3 +51,6 @@ def host(
         patience if patience.first or patience.write else None,
         access=access,
     )
+    if (fit := connection_tuner(listener)) is None:
+        return server
+    return lambda sock, peer: server(fit(sock), peer)
