@@ -10,6 +10,31 @@ from forkd.config.options import Settings
 Mistake = tuple[tuple[str | int, ...], str]
 
 
+def mistakes(settings: Settings) -> Iterator[Mistake]:
+    """What is wrong with the settings among themselves; a listener is named by its number among theirs."""
+    yield from mistakes_of_listeners(settings)
+    yield from mistakes_of_once(settings)
+
+
+def mistakes_of_listeners(settings: Settings) -> Iterator[Mistake]:
+    """What a listener whose clients have no addresses can't ask of them."""
+    for index, listener in enumerate(settings.listen):
+        if listener.address.scheme != "unix":
+            continue
+        limits = listener.limits
+        asked: dict[tuple[str, ...], object] = {
+            ("limits", "per_ip"): limits.per_ip,
+            ("limits", "rate_per_ip"): limits.rate_per_ip,
+            ("allow",): listener.allow,
+            ("deny",): listener.deny,
+        }
+        for keys in (keys for keys, value in asked.items() if value):
+            yield (
+                ("listen", index, *keys),
+                f"means the addresses that clients come from, and {listener.address} has none",
+            )
+
+
 def mistakes_of_once(settings: Settings) -> Iterator[Mistake]:
     """What is wrong with the settings for single-connection mode, if they are for that."""
     if settings.mode != "once":

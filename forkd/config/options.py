@@ -106,7 +106,10 @@ class Limits:
         0,
     )
     rate_per_ip: Rate | None = option(
-        units.RATE, "New connections from one such address, as in 20/s; further ones are refused. Default: any.", None
+        units.RATE,
+        "New connections from one such address, at most, in any time of that length, as in 20/s, of all workers "
+        "together; further ones are refused. Default: any.",
+        None,
     )
     over: str = option(
         units.choice("wait", "refuse"),
@@ -115,8 +118,8 @@ class Limits:
         "wait",
     )
     message: str | None = option(
-        units.TEXT,
-        "What a client that is refused is told first, with \\r, \\n, \\t and \\xHH in it. Default: nothing.",
+        units.MESSAGE,
+        "What a client that is refused is told first, with \\r, \\n, \\t, \\xHH and \\\\ in it. Default: nothing.",
         None,
     )
     write_buffer: int = option(
