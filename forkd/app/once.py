@@ -20,6 +20,7 @@ from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError, HandlerError
 from forkd.serve.doors import Connected, Listening, is_welcome
 from forkd.serve.handlers.load import Handler, import_handlers
+from forkd.serve.networks import Networks
 from forkd.serve.once import Door, serve_one
 from forkd.serve.settle import settle
 from forkd.system.identity import find_identity
@@ -179,7 +180,7 @@ def _inherited(settings: Settings) -> Entrance:
         bound = BoundListener(listener, address_of(first.sock), [one.sock for one in found])
         door: Door = Listening(bound, once.from_)
         return Entrance(door, seat, "listening", str(bound.address), standard=standard)
-    if once.from_ and not is_welcome(peer := first.sock.getpeername(), once.from_):
+    if once.from_ and not is_welcome(peer := first.sock.getpeername(), Networks(once.from_)):
         raise ForkdError(f"turned away {peer[0]}, which is not of once.from")
     return Entrance(Connected(first.sock), seat, "", "", standard=standard)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forkd.serve.accept import PAUSE, Acceptor
 from forkd.serve.loop import PollLoop
+from forkd.serve.networks import Networks
 
 if TYPE_CHECKING:
     from forkd.config.units import Network
@@ -22,16 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("forkd.once")
 
 
-def is_welcome(peer: Any, networks: Sequence[Network]) -> bool:
+def is_welcome(peer: Any, networks: Networks) -> bool:
     """Whether a client may come from where it comes, by its address as accept(2) gives it."""
-    if not networks:
-        return True
-    import ipaddress  # noqa: PLC0415 (who welcomes everybody does not pay for it)
-
-    found = ipaddress.ip_address(peer[0].partition("%")[0])
-    # To an IPv6 socket that takes both, an IPv4 client is one of ::ffff:0:0/96.
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return any((mapped or found) in network or found in network for network in networks)
+    return not networks or networks.has(peer)
 
 
 class Listening:
@@ -44,7 +38,7 @@ class Listening:
 
     def __init__(self, bound: BoundListener, networks: Sequence[Network]) -> None:
         self._bound = bound
-        self._networks = networks
+        self._networks = Networks(networks)
         self._closed = False
         self._acceptors: list[Acceptor] = []
 
