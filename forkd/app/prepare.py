@@ -20,7 +20,7 @@ from forkd.master.change import DIFF
 from forkd.master.generation import Generation
 from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
-from forkd.system.limits import raise_limits
+from forkd.system.limits import lacking_files, raise_limits
 from forkd.system.sockets import bind_listener, match_listeners
 from forkd.wire import Message
 
@@ -30,6 +30,8 @@ log = logging.getLogger("forkd")
 def warn(settings: Settings) -> None:
     """Logs what these settings want and can't have, or should not."""
     for lacking in raise_limits(settings.rlimits):
+        log.warning("%s", lacking)
+    for lacking in lacking_files(settings):
         log.warning("%s", lacking)
     if settings.chroot is not None and settings.user is None and os.geteuid() == 0:
         log.warning("chroot: holds nobody in who is root, as these workers are; set user too")

@@ -22,16 +22,19 @@ from typing import Any
 from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
-from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
+from forkd.serve.accept import Acceptor, Serve, Tally
 from forkd.serve.answers import answer
+from forkd.serve.balance import BEAT, Balance
 from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
+from forkd.serve.guard import guarded, is_limited
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.recycling import Wear
 from forkd.serve.settle import settle
 from forkd.system.channel import Channel, ChannelClosed
+from forkd.system.counts import Ledger
 from forkd.system.identity import Identity
 from forkd.system.logs import replace_log, set_role
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
@@ -102,6 +105,7 @@ class Worker:
         self._loop = loop
         self._tally = Tally(station.row, Roll(board.regions.of(station.row.index)))
         loop.on_error = self._tally.failed
+        self._board = board
         self._balance = Balance(loop, board, self._tally)
         self._deadlines = Deadlines(loop)
         self._conversations: set[asyncio.Task[None]] = set()  # streams handlers that have not returned
@@ -130,15 +134,20 @@ class Worker:
             log.warning("%s", warning)
         self._beat()
         channel.send({"event": "ready"})
-        self._balance.start(
-            [
-                Acceptor(self._loop, sock, self._server(bound, handler), self._balance)
-                for bound, handler in zip(listeners, handlers, strict=True)
-                for sock in bound.sockets
-            ]
-        )
+        self._balance.start(self._acceptors(listeners, handlers))
         self._fit = True
         log.debug("serves")
+
+    def _acceptors(self, listeners: Sequence[BoundListener], handlers: Sequence[Handler]) -> list[Acceptor]:
+        row, found = self._station.row, list[Acceptor]()
+        ledger = Ledger(self._board, row.index) if any(map(is_limited, listeners)) else None
+        for bound, handler in zip(listeners, handlers, strict=True):
+            serve = self._server(bound, handler)
+            if ledger is not None and is_limited(bound):
+                found += guarded(bound, self._loop, serve, self._balance, ledger, row)
+            else:
+                found += [Acceptor(self._loop, sock, serve, self._balance) for sock in bound.sockets]
+        return found
 
     def _server(self, bound: BoundListener, handler: Handler) -> Serve:
         return host(
