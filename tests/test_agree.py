@@ -53,3 +53,28 @@ def test_a_network_with_bits_of_a_host_and_a_peer_without_a_port_are_told_with_w
         "3:15: once.from[0]: '10.1.2.3/8' is not a network; did you mean 10.0.0.0/8?",
         "3:40: once.rendezvous: 'tcp://[::1]:0' can't be connected to; write tcp://HOST:PORT with the other end's port",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("limits.per_ip", "limits: {per_ip: 4}"),
+        ("limits.rate_per_ip", "limits: {rate_per_ip: 4/s}"),
+        ("allow", "allow: ['::1']"),
+        ("deny", "deny: [10.0.0.0/8]"),
+    ],
+)
+def test_a_unix_socket_has_no_addresses_to_ask_for(tmp_path: Path, key: str, value: str) -> None:
+    """The place is right where a listener before it can't be read."""
+    text = f"listen:\n  - {{address: 'x', handler: 'a:b'}}\n  - {{address: 'ADDRESS', handler: 'a:b', {value}}}\n"
+    found = mistakes(tmp_path, text.replace("ADDRESS", "unix:@x"))
+    assert len(found) == 2
+    assert found[1].startswith("3:")
+    assert f": listen[1].{key}: means the addresses that clients come from, and unix:@x has none" in found[1]
+    assert len(mistakes(tmp_path, text.replace("ADDRESS", TCP))) == 1
+
+
+def test_a_message_with_an_escape_that_is_none_is_told_where_it_stands(tmp_path: Path) -> None:
+    text = f"listen: [{{address: '{TCP}', handler: 'a:b', limits: {{message: 'so\\long'}}}}]\n"
+    (found,) = mistakes(tmp_path, text)
+    assert "listen[0].limits.message: 'so\\\\long' has no escape \\l (character 3); there are" in found
