@@ -23,7 +23,7 @@ log = logging.getLogger("forkd.accept")
 BEAT = 1.0
 
 
-class Patience:
+class Retry:
     """A timer that backs off: from milliseconds, twice as long each time, to a heartbeat.
 
     Args:
@@ -78,8 +78,8 @@ class Balance:
         self._tally = tally
         self._acceptors: Sequence[Acceptor] = ()
         self._is_out = False  # of all queues: it is ahead, or the system lacks something
-        self._until_fair = Patience(loop, self._look_again)
-        self._until_room = Patience(loop, self._look_for_room)
+        self._until_fair = Retry(loop, self._look_again)
+        self._until_room = Retry(loop, self._look_for_room)
         self._complained = -1e9
 
     def start(self, acceptors: Sequence[Acceptor]) -> None:
