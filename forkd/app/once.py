@@ -18,9 +18,8 @@ from forkd.app.launcher import Launcher, fork_off
 from forkd.app.whereabouts import enter_directory, log_target
 from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError, HandlerError
-from forkd.serve.doors import Connected, Listening, is_welcome
+from forkd.serve.doors import Connected, Listening, welcoming
 from forkd.serve.handlers.load import Handler, import_handlers
-from forkd.serve.networks import Networks
 from forkd.serve.once import Door, serve_one
 from forkd.serve.settle import settle
 from forkd.system.identity import find_identity
@@ -180,8 +179,11 @@ def _inherited(settings: Settings) -> Entrance:
         bound = BoundListener(listener, address_of(first.sock), [one.sock for one in found])
         door: Door = Listening(bound, once.from_)
         return Entrance(door, seat, "listening", str(bound.address), standard=standard)
-    if once.from_ and not is_welcome(peer := first.sock.getpeername(), Networks(once.from_)):
-        raise ForkdError(f"turned away {peer[0]}, which is not of once.from")
+    if once.from_ or listener.allow or listener.deny:
+        peer = first.sock.getpeername()
+        if not welcoming(listener, once.from_)(peer):
+            who = peer[0] if isinstance(peer, tuple) else "a client without an address"
+            raise ForkdError(f"turned away {who}, which is not of once.from, or not of the listener's networks")
     return Entrance(Connected(first.sock), seat, "", "", standard=standard)
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from forkd.serve.accept import PAUSE, Acceptor
 from forkd.serve.loop import PollLoop
-from forkd.serve.networks import Networks
+from forkd.serve.networks import Origins
 
 if TYPE_CHECKING:
+    from forkd.config.options import Listener
     from forkd.config.units import Network
     from forkd.serve.once import Enter
     from forkd.system.sockets import BoundListener
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("forkd.once")
 
 
-def is_welcome(peer: Any, networks: Networks) -> bool:
-    """Whether a client may come from where it comes, by its address as accept(2) gives it."""
-    return not networks or networks.has(peer)
+def welcoming(listener: Listener, networks: Sequence[Network]) -> Callable[[Any], bool]:
+    """What tells whether a client may come from where it comes, by its address as accept(2) gives it.
+
+    Args:
+        listener: whose networks it must be of.
+        networks: of which it must be as well; empty: of any.
+    """
+    in_general, now = Origins(listener.allow, listener.deny), Origins(networks, ())
+    return lambda peer: in_general.allow(peer) and now.allow(peer)
 
 
 class Listening:
@@ -38,7 +45,7 @@ class Listening:
 
     def __init__(self, bound: BoundListener, networks: Sequence[Network]) -> None:
         self._bound = bound
-        self._networks = Networks(networks)
+        self._is_welcome = welcoming(bound.listener, networks)
         self._closed = False
         self._acceptors: list[Acceptor] = []
 
@@ -54,7 +61,7 @@ class Listening:
             acceptor.queue()
 
     def _came(self, listener: socket.socket, sock: socket.socket, peer: Any) -> None:
-        if not is_welcome(peer, self._networks):
+        if not self._is_welcome(peer):
             log.warning("turned away %s", peer)
             sock.close()
             return

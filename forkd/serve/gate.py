@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 from forkd.config.options import Listener
-from forkd.serve.networks import Networks, origin
+from forkd.serve.networks import Origins, origin
 from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Field
 
@@ -49,20 +49,17 @@ class Gate:
         listener: its settings.
         address: where it really listens.
         ledger: what the worker counts with the others.
+
+    Attributes:
+        allows: whether a client may come from there at all.
     """
 
     def __init__(self, listener: Listener, address: str, ledger: Ledger) -> None:
-        self._allowed, self._denied = Networks(listener.allow), Networks(listener.deny)
+        self.allows = Origins(listener.allow, listener.deny).allow
         self._key_of = hashing(ledger.secret, address)
         self._rate: Callable[[bytes], bool] | None = None
         if (rate := listener.limits.rate_per_ip) is not None:
             self._rate = partial(self._within, ledger.rates.claim, rate.count, rate.seconds)
-
-    def allows(self, peer: Any) -> bool:
-        """Whether a client may come from there at all. One without an address may not, where some are asked for."""
-        if self._denied and self._denied.has(peer):
-            return False
-        return not self._allowed or self._allowed.has(peer)
 
     def has_time(self, peer: Any) -> bool:
         """Counts one that comes from there, unless too many came of late; whether it did."""

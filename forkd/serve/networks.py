@@ -58,3 +58,21 @@ class Networks:
         address = packed(peer)
         number = int.from_bytes(address)
         return any(number >> shift in those for shift, those in self._of_length.get(len(address), {}).items())
+
+
+class Origins:
+    """Where clients may come from.
+
+    Args:
+        allowed: networks that they must be of; empty: of any.
+        denied: networks that they must not be of, also where those are in allowed ones.
+    """
+
+    def __init__(self, allowed: Iterable[Network], denied: Iterable[Network]) -> None:
+        self._allowed, self._denied = Networks(allowed), Networks(denied)
+
+    def allow(self, peer: Any) -> bool:
+        """Whether a client may come from there. One without an address may not, where some are asked for."""
+        if self._denied and self._denied.has(peer):
+            return False
+        return not self._allowed or self._allowed.has(peer)
