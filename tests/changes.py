@@ -44,6 +44,7 @@ class MadeUpCrew:
         self.workers: dict[int, Worker] = {}
         self.slots: defaultdict[int, dict[int, Slot]] = defaultdict(dict)
         self.deaths: deque[dict[str, Any]] = deque()
+        self.buried: dict[str, int] = {}
         self.helper_said: Callable[[Worker, Message], None] = lambda worker, message: None
         self.helper_ended: Callable[[Worker, Exit], None] = lambda worker, ended: None
         self.complete: tuple[int, int] | None = None  # the generation that serves with so many

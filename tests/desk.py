@@ -14,8 +14,9 @@ from time import monotonic_ns
 
 import pytest
 
-from forkd.serve.accept import Acceptor, Balance, Tally
+from forkd.serve.accept import Acceptor, Tally
 from forkd.serve.admission import SLACK
+from forkd.serve.balance import Balance
 from forkd.serve.handlers.protocol import ProtocolServer
 from forkd.serve.loop import PollLoop
 from forkd.serve.transport import Transport

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from forkd.config.address import LONGEST_PATH, Address
-from forkd.config.agree import mistakes_of
+from forkd.config.agree import mistakes
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
 from forkd.config.options import Listener, Settings
 from forkd.config.scales import Rate
@@ -75,6 +75,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "true or false": st.booleans(),
     "file mode": st.integers(0, 0o7777),
     "text": TEXTS,
+    "text with escapes": TEXTS.map(lambda text: text.replace("\\", "\\x5c")),
     "path": PATHS,
     "path or journal or stderr": PATHS | st.just(JOURNAL),
     "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
@@ -113,11 +114,17 @@ def section(declared: type) -> st.SearchStrategy[Any]:
 
 def fitting(listener: Listener) -> Listener:
     """A listener without the file options where there is no file, and without what does not go with its address."""
-    address = listener.address
+    address, limits = listener.address, listener.limits
     if address.scheme != "udp":
-        listener = replace(listener, multicast=())
+        listener = replace(listener, multicast=(), proxy_protocol=())
     if address.scheme != "fd" and (listener.kind == "datagram") is not address.takes_datagrams:
         listener = replace(listener, kind="auto")
+    if address.is_unix:
+        limits = replace(limits, per_ip=0, rate_per_ip=None)
+        listener = replace(listener, allow=(), deny=())
+    if address.takes_datagrams:
+        limits = replace(limits, connections=0, per_worker=0, per_ip=0, message=None)
+    listener = replace(listener, limits=limits)
     if address.is_unix and not address.abstract:
         return listener
     return replace(listener, mode=None, owner=None, group=None)
@@ -129,4 +136,4 @@ def of_its_own(listener: Listener) -> object:
 
 
 LISTENERS = st.lists(section(Listener).map(fitting), min_size=1, max_size=4, unique_by=of_its_own).map(tuple)
-SETTINGS: st.SearchStrategy[Settings] = section(Settings).filter(lambda made: not list(mistakes_of(made)))
+SETTINGS: st.SearchStrategy[Settings] = section(Settings).filter(lambda made: not list(mistakes(made)))

@@ -23,9 +23,10 @@ from time import monotonic, monotonic_ns
 
 import pytest
 
-from forkd.serve import accept
-from forkd.serve.accept import PAUSE, Acceptor, Balance, Tally
+from forkd.serve import balance as balancing
+from forkd.serve.accept import PAUSE, Acceptor, Tally
 from forkd.serve.admission import SLACK
+from forkd.serve.balance import Balance
 from forkd.serve.handlers.protocol import ProtocolServer
 from forkd.serve.loop import PollLoop
 from forkd.system.scoreboard import Field, Row, Scoreboard
@@ -133,7 +134,7 @@ class Crew:
         def beat() -> None:
             row[Field.HEARTBEAT] = monotonic_ns()
             balance.beat()
-            loop.call_later(accept.BEAT, beat)
+            loop.call_later(balancing.BEAT, beat)
 
         beat()
         balance.start([acceptor])
@@ -220,7 +221,7 @@ def test_clients_that_come_one_by_one_and_stay_are_spread_evenly(crew: Crew) -> 
 
 
 def test_a_client_wakes_one_worker_and_the_next_client_another(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accept, "BEAT", 3600.0)  # at a heartbeat they look without being woken
+    monkeypatch.setattr(balancing, "BEAT", 3600.0)  # at a heartbeat they look without being woken
     crew.start(4)
     clients = crew.clients(100)
     again = sum(former.worker == latter.worker for former, latter in pairwise(clients))
@@ -252,7 +253,7 @@ def test_who_holds_more_than_its_share_steps_out_and_comes_back_when_its_clients
 def test_a_worker_that_stands_still_keeps_no_client_waiting_and_comes_back(
     crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accept, "BEAT", 0.1)
+    monkeypatch.setattr(balancing, "BEAT", 0.1)
     crew.start(4)
     crew.clients(8)
     os.kill(crew.pids[0], signal.SIGSTOP)
@@ -270,7 +271,7 @@ def test_a_worker_that_stands_still_keeps_no_client_waiting_and_comes_back(
 
 
 def test_the_clients_of_a_worker_that_dies_are_lost_and_no_others(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accept, "BEAT", 0.1)
+    monkeypatch.setattr(balancing, "BEAT", 0.1)
     crew.start(2)
     clients = crew.clients(20)
     os.kill(crew.pids[0], signal.SIGKILL)

@@ -93,3 +93,28 @@ def test_settings_of_a_listener_that_do_not_go_with_its_address_are_told(
 @pytest.mark.parametrize("address", ["udp://[::1]:7", "unix-dgram:@x", "fd:"])
 def test_datagrams_may_be_served_by_what_says_so(tmp_path: Path, address: str) -> None:
     assert mistakes(tmp_path, f"listen: [{{address: '{address}', handler: 'a:b', kind: datagram}}]\n") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("limits.per_ip", "limits: {per_ip: 4}"),
+        ("limits.rate_per_ip", "limits: {rate_per_ip: 4/s}"),
+        ("allow", "allow: ['::1']"),
+        ("deny", "deny: [10.0.0.0/8]"),
+    ],
+)
+def test_a_unix_socket_has_no_addresses_to_ask_for(tmp_path: Path, key: str, value: str) -> None:
+    """The place is right where a listener before it can't be read."""
+    text = f"listen:\n  - {{address: 'x', handler: 'a:b'}}\n  - {{address: 'ADDRESS', handler: 'a:b', {value}}}\n"
+    found = mistakes(tmp_path, text.replace("ADDRESS", "unix:@x"))
+    assert len(found) == 2
+    assert found[1].startswith("3:")
+    assert f": listen[1].{key}: means the addresses that clients come from, and unix:@x has none" in found[1]
+    assert len(mistakes(tmp_path, text.replace("ADDRESS", TCP))) == 1
+
+
+def test_a_message_with_an_escape_that_is_none_is_told_where_it_stands(tmp_path: Path) -> None:
+    text = f"listen: [{{address: '{TCP}', handler: 'a:b', limits: {{message: 'so\\long'}}}}]\n"
+    (found,) = mistakes(tmp_path, text)
+    assert "listen[0].limits.message: 'so\\\\long' has no escape \\l (character 3); there are" in found

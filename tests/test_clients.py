@@ -204,7 +204,7 @@ def test_one_is_killed_by_its_id_and_the_others_live(harness: Harness) -> None:
     assert len(listed(daemon)) == 3
 
 
-@pytest.mark.parametrize(("network", "doomed"), [("127.0.0.2", 2), ("127.0.0.2/31", 3), ("::ffff:127.0.0.3", 0)])
+@pytest.mark.parametrize(("network", "doomed"), [("127.0.0.2", 2), ("127.0.0.2/31", 3), ("::ffff:10.0.0.3", 0)])
 def test_who_comes_from_a_network_is_killed_and_the_others_live(harness: Harness, network: str, doomed: int) -> None:
     daemon = harness.daemon().start()
     hosts = ["127.0.0.2", "127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]

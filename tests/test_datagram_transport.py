@@ -370,7 +370,7 @@ def test_recent_peers_are_known_with_their_counts(ours: Kit) -> None:
     ours.turn()
     found = {one.peer: (one.received, one.sent) for one in server.transport.recent()}
     assert found == {first.getsockname(): (2, 2), second.getsockname(): (1, 1)}
-    assert (ours.row[Field.DATAGRAMS_IN], ours.row[Field.DATAGRAMS_OUT]) == (3, 3)
+    assert (ours.row[Field.DATAGRAMS_RECEIVED], ours.row[Field.DATAGRAMS_SENT]) == (3, 3)
     assert all(one.first <= one.last <= ours.loop.time() for one in server.transport.recent())
 
 

@@ -266,7 +266,7 @@ def test_a_state_that_was_cut_off_is_refused(estate: Estate) -> None:
 
 
 KEYS = ["format", "place", "generation", "settings", "listeners", "log", "wanted", "started", "control", "board"]
-KEYS += ["workers", "slots", "deaths", "clients", "identity"]
+KEYS += ["workers", "slots", "deaths", "clients", "identity", "buried"]
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -113,12 +113,13 @@ def test_status_as_json_has_the_whole_state(harness: Harness) -> None:
     found = json.loads(daemon.command("status", "--json").stdout)
     assert found.keys() == {
         "name", "pid", "version", "state", "started", "wanted", "boot_timeout", "serving", "workers", "listeners",
-        "deaths", "generation", "change", "refusal", "reason",
+        "deaths", "totals", "generation", "change", "refusal", "reason",
     }  # fmt: skip
     assert (found["name"], found["state"], found["wanted"], found["serving"]) == ("tested", "running", 2, 2)
     assert [one["slot"] for one in found["workers"]] == [1, 2]
     assert found["workers"][0].keys() == {
-        "slot", "pid", "generation", "state", "age", "clients", "accepted", "ended", "errors", "lag", "datagrams",
+        "slot", "pid", "generation", "state", "age", "clients", "accepted", "closed", "refused", "ended", "errors",
+        "lag", "datagrams",
     }  # fmt: skip
     assert sum(one["accepted"] for one in found["workers"]) == 1
     assert found["listeners"] == [

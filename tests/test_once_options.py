@@ -67,6 +67,22 @@ def test_who_does_not_come_from_there_is_turned_away_and_the_wait_goes_on(single
     assert len(re.findall(r"WARNING .*: turned away \('127.0.0.1', \d+\)", one.text())) == 2
 
 
+def test_the_listeners_own_networks_hold_for_one_client_too(single: Make, tmp_path: Path) -> None:
+    settings = tmp_path / "strict.yaml"
+    settings.write_text(
+        "mode: once\nlisten: [{address: 'tcp://127.0.0.1:0', handler: 'forkd.builtin:Echo', deny: [127.0.0.1]}]\n"
+    )
+    one = single(settings, listen=None).start()
+    with dial(one.address) as stranger:
+        assert at_end(stranger)
+    with socket.socket() as client:
+        client.settimeout(20)
+        client.bind(("127.0.0.2", 0))
+        client.connect(("127.0.0.1", int(one.address.rpartition(":")[2])))
+        assert echoes(client)
+    assert one.status() == 0
+
+
 def test_a_stranger_does_not_hold_the_time_up(single: Make) -> None:
     one = single(None, "--from", "::1", "--timeout", "500ms").start()
     with dial(one.address) as stranger:

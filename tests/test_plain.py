@@ -68,6 +68,7 @@ DEFAULTS = {
     "limits": {"connections": "0", "per_worker": "0", "per_ip": "0", "over": "wait", "write_buffer": "64MiB"},
     "allow": [],
     "deny": [],
+    "proxy_protocol": [],
 }
 
 

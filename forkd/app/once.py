@@ -20,7 +20,7 @@ from forkd.app.whereabouts import enter_directory, log_target
 from forkd.config.address import Address
 from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError, HandlerError
-from forkd.serve.doors import Connected, FirstSender, Listening, is_welcome
+from forkd.serve.doors import Connected, FirstSender, Listening, welcoming
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.once import Door, serve_one
 from forkd.serve.settle import settle
@@ -192,8 +192,11 @@ def _inherited(settings: Settings) -> Entrance:
         return Entrance(
             _door(bound, once.from_), seat, "listening", str(bound.address), where=bound.address, standard=standard
         )
-    if once.from_ and not is_welcome(peer := first.sock.getpeername(), once.from_):
-        raise ForkdError(f"turned away {peer[0]}, which is not of once.from")
+    if once.from_ or listener.allow or listener.deny:
+        peer = first.sock.getpeername()
+        if not welcoming(listener, once.from_)(peer):
+            who = peer[0] if isinstance(peer, tuple) else "a client without an address"
+            raise ForkdError(f"turned away {who}, which is not of once.from, or not of the listener's networks")
     return Entrance(Connected(first.sock), seat, "", "", where=address_of(first.sock), standard=standard)
 
 

@@ -20,7 +20,7 @@ from forkd.master.change import DIFF
 from forkd.master.generation import Generation, wanted_workers
 from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
-from forkd.system.limits import raise_limits
+from forkd.system.limits import lacking_files, raise_limits
 from forkd.system.sockets import bind_listener, match_listeners
 from forkd.system.tuning import shortcomings, try_options
 from forkd.wire import Message
@@ -34,6 +34,8 @@ def warn(settings: Settings) -> None:
         log.warning("%s", lacking)
     for short in shortcomings(settings):
         log.warning("%s", short)
+    for lacking in lacking_files(settings):
+        log.warning("%s", lacking)
     if settings.chroot is not None and settings.user is None and os.geteuid() == 0:
         log.warning("chroot: holds nobody in who is root, as these workers are; set user too")
 

@@ -21,6 +21,7 @@ from forkd.config.load import Loaded
 from forkd.config.schema import json_schema, reference_page
 from forkd.errors import ConfigError, ForkdError, NotRunning
 from forkd.system.identity import Identity, look_up
+from forkd.system.limits import lacking_files
 from forkd.system.logs import escaped
 
 _STOPPED = 3
@@ -56,11 +57,11 @@ def _status_text(found: dict[str, Any]) -> str:
         lines.append(f"{found['change']} is under way")
     lines.append("")
     lines += table(
-        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "ENDED", "ERRORS"],
+        ["WORKER", "PID", "STATE", "GENERATION", "AGE", "CLIENTS", "ACCEPTED", "REFUSED", "ENDED", "ERRORS"],
         [
             [
-                *(w["slot"], w["pid"], w["state"], w["generation"], age(w["age"])),
-                *(w["clients"], w["accepted"], sum(w["ended"].values()), w["errors"]),
+                *(w["slot"], w["pid"], w["state"], w["generation"], age(w["age"]), w["clients"], w["accepted"]),
+                *(sum(w["refused"].values()), sum(w["ended"].values()), w["errors"]),
             ]
             for w in found["workers"]
         ],
@@ -116,6 +117,8 @@ def check(command: argparse.Namespace) -> int:
     check_all(loaded)
     if loaded.problems:
         raise ConfigError(loaded.problems)
+    for warning in lacking_files(loaded.settings):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"{loaded.settings.name}: the settings, the addresses and the handlers are in order")
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from forkd.config.agree import mistakes_of
+from forkd.config.agree import mistakes
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
 from forkd.config.options import Listener, Settings
 from forkd.config.override import Override, empty_mapping, graft, made_mark
@@ -111,10 +111,12 @@ def read_graph(root: yaml.Node, reading: Loaded, base: dict[str, Any]) -> None:
         if isinstance(value, tuple):
             values[key] = tuple(item for item in value if item is not _WRONG)
     reading.settings = Settings(**{"listen": (), **values})
-    for keys, message in mistakes_of(reading.settings):
-        if len(keys) > 1 and keys[0] == "listen":  # by its place in the file, where others before it may be wrong
-            keys = ("listen", reading.listeners[int(keys[1])], *keys[2:])  # noqa: PLW2901
-        reading.add(message, *keys)
+    for keys, message in mistakes(reading.settings):
+        match keys:
+            case ("listen", int(number), *more):
+                reading.add(message, "listen", reading.listeners[number], *more)
+            case _:
+                reading.add(message, *keys)
 
 
 def _where(mark: yaml.Mark) -> str:

@@ -136,7 +136,10 @@ class Limits:
         0,
     )
     rate_per_ip: Rate | None = option(
-        units.RATE, "New connections from one such address, as in 20/s; further ones are refused. Default: any.", None
+        units.RATE,
+        "New connections from one such address, at most, in any time of that length, as in 20/s, of all workers "
+        "together; further ones are refused. Default: any.",
+        None,
     )
     over: str = option(
         units.choice("wait", "refuse"),
@@ -145,8 +148,8 @@ class Limits:
         "wait",
     )
     message: str | None = option(
-        units.TEXT,
-        "What a client that is refused is told first, with \\r, \\n, \\t and \\xHH in it. Default: nothing.",
+        units.MESSAGE,
+        "What a client that is refused is told first, with \\r, \\n, \\t, \\xHH and \\\\ in it. Default: nothing.",
         None,
     )
     write_buffer: int = option(
@@ -200,6 +203,12 @@ class Listener:
     )
     deny: tuple[Network, ...] = option(
         ListOf(units.NETWORK), "Networks whose clients are refused, also those in `allow`.", []
+    )
+    proxy_protocol: tuple[Network, ...] = option(
+        ListOf(units.NETWORK),
+        "Networks of the proxies before a udp listener, whose headers (PROXY protocol, version 2) tell the clients' "
+        "addresses. Where there are some, datagrams of others are refused. Default: no proxy.",
+        [],
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from forkd.config.address import Address, parse_address
+from forkd.config.escapes import parse_escaped
 from forkd.config.scales import (
     DURATION_FORM,
     PERCENT_FORM,
@@ -258,6 +259,7 @@ ACCOUNT = Kind(
     {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]},
 )
 TEXT = Kind("text", _text, str, {"type": "string", "minLength": 1})
+MESSAGE = Kind("text with escapes", lambda text: parse_escaped(_text(text)), str, {"type": "string", "minLength": 1})
 PATH = Kind("path", _path, str, {"type": "string", "minLength": 1})
 #: Stands for systemd's journal where a log goes to.
 JOURNAL = "journal"

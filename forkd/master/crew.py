@@ -12,7 +12,7 @@ import random
 import selectors
 import signal
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +25,7 @@ from forkd.master.spawn import HELPER, ChildMain, Exit, Spawner, Worker
 from forkd.states import Life, Turn, next_life
 from forkd.system.channel import ChannelClosed, GarbledChannel
 from forkd.system.oom import oom_kills
+from forkd.system.scoreboard import counts_of
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
@@ -60,6 +61,7 @@ class Crew:
         slots: the luck of each slot, by generation.
         deaths: the latest certificates.
         answered: told of a worker's answer to a question; returns what is wrong with it, if anything.
+        buried: what the dead had counted, by field.
         helper_said: told what a helper says.
         helper_ended: told of a helper and of its end.
     """
@@ -73,6 +75,7 @@ class Crew:
         self.workers: dict[int, Worker] = {}
         self.slots: defaultdict[int, dict[int, Slot]] = defaultdict(dict)
         self.deaths: deque[dict[str, Any]] = deque(maxlen=REMEMBERED)
+        self.buried: Counter[str] = Counter()
         self._spawner = spawner
         self._selector = selector
         self._failed = failed
@@ -263,6 +266,7 @@ class Crew:
             if worker.slot == HELPER:
                 self.helper_ended(worker, ended)
                 return
+            self.buried += Counter(counts_of(worker.row))  # less than nothing, which only a liar counts, is left out
             failure = self._find_cause(worker, ended, expected=expected)
             self.deaths.append(certificate(worker, ended, now, expected=expected))
             # One that drained on somebody else's word (a signal to the whole process group) has done nothing wrong.

@@ -10,7 +10,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from forkd import __version__
@@ -55,6 +55,7 @@ class Heritage:
     Attributes:
         control: the control socket's descriptor.
         board: the scoreboard.
+        buried: what dead workers had counted, by field.
         clients: descriptors of the control socket's clients who wait for the upgrade.
     """
 
@@ -68,6 +69,7 @@ class Heritage:
     slots: Mapping[int, Slot]
     deaths: Sequence[Mapping[str, Any]]
     clients: Sequence[int]
+    buried: Mapping[str, int] = field(default_factory=dict)
 
     def descriptors(self) -> list[int]:
         """All that have to stay open."""
@@ -111,6 +113,7 @@ class Heritage:
             "workers": [_worker_plain(worker) for worker in self.workers],
             "slots": {number: [slot.failures, slot.retry_at] for number, slot in self.slots.items()},
             "deaths": list(self.deaths),
+            "buried": dict(self.buried),
             "clients": list(self.clients),
         }
 
@@ -140,6 +143,7 @@ class Heritage:
             workers=[_worker_of(one, board) for one in plain["workers"]],
             slots={int(number): Slot(*slot) for number, slot in plain["slots"].items()},
             deaths=plain["deaths"],
+            buried=plain["buried"],
             clients=plain["clients"],
         )
 

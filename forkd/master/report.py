@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from forkd import __version__
@@ -13,10 +14,8 @@ from forkd.master.state import State
 from forkd.states import Life, Mode
 from forkd.system.logs import escaped
 from forkd.system.queues import queue_of
-from forkd.system.scoreboard import Field
+from forkd.system.scoreboard import COUNTERS, Field, counts_of
 from forkd.system.sockets import BoundListener
-
-_ENDED = "ENDED_"  # how the fields begin that count what `forkd.ended` names
 
 
 def status(state: State, change: str) -> dict[str, Any]:
@@ -52,6 +51,7 @@ def _summary(state: State, change: str) -> dict[str, Any]:
         "boot_timeout": settings.boot_timeout,
         "serving": len(serving),
         "workers": [_worker(worker, now) for worker in workers],
+        "totals": _totals(state),
     }
 
 
@@ -111,6 +111,27 @@ def _sum(counts: Iterable[int | None]) -> int | None:
     return sum(known) if known else None
 
 
+def _totals(state: State) -> dict[str, Any]:
+    """What workers have counted since the daemon was started, the dead and the living together."""
+    found = Counter(state.crew.buried)
+    for worker in state.workers.values():
+        found += Counter(counts_of(worker.row))
+    return _sorted(found)
+
+
+def _sorted(counts: Mapping[str, int]) -> dict[str, Any]:
+    """What was counted, with refusals and ends of connections by reason."""
+    found: dict[str, Any] = {}
+    for field in COUNTERS:
+        name = field.name.lower()
+        group, _, reason = name.partition("_")
+        if reason:
+            found.setdefault(group, {})[reason] = counts.get(name, 0)
+        else:
+            found[name] = counts.get(name, 0)
+    return found
+
+
 def _worker(worker: Worker, now: float) -> dict[str, Any]:
     row = worker.row
     return {
@@ -121,15 +142,6 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "age": round(now - worker.born, 3),
         # A worker writes its row itself, so what stands there is what it claims.
         "clients": max(0, row.active),
-        "accepted": row[Field.ACCEPTED],
-        "errors": row[Field.ERRORS],
-        "ended": {
-            field.name.removeprefix(_ENDED).lower(): row[field] for field in Field if field.name.startswith(_ENDED)
-        },
-        "datagrams": {
-            "received": row[Field.DATAGRAMS_IN],
-            "sent": row[Field.DATAGRAMS_OUT],
-            "dropped": row[Field.DATAGRAMS_DROPPED],
-        },
+        **_sorted(counts_of(row)),
         "lag": round(row[Field.LAG] / 1e9, 6),
     }

@@ -113,6 +113,7 @@ class State:
             workers=[worker for worker in self.workers.values() if worker.slot != HELPER],
             slots=self.crew.slots[self.generation.number],
             deaths=list(self.crew.deaths),
+            buried=self.crew.buried,
             clients=clients,
         )
 
@@ -123,3 +124,4 @@ class State:
             self.crew.adopt(worker)
         self.crew.slots[self.generation.number].update(heritage.slots)
         self.crew.deaths.extend(dict(death) for death in heritage.deaths)
+        self.crew.buried.update(heritage.buried)

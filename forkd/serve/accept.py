@@ -1,30 +1,21 @@
-"""Accepting: who of the workers takes a client, and what a worker does when it should not or can't.
+"""Accepting: a listening socket of a worker, and the count of those who came by it.
 
 The listener's wait queue in the kernel decides who is woken (EPOLLEXCLUSIVE: one worker a client). It wakes its first
-entry that waits, so a worker that has accepted leaves the queue and joins it again at its end. A worker that is ahead
-of the least loaded one stays out until one of its own connections closes, or a timer says to look again. No lock is
-ever held, nothing sleeps, and nobody accepts in order to refuse.
+entry that waits, so a worker that has accepted leaves the queue and joins it again at its end. When a worker should not
+or can't take clients is up to `balance`, and for a listener with limits also to `guard`.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import socket
-from collections.abc import Callable, Sequence
-from time import monotonic_ns
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from forkd.ended import Ended
-from forkd.serve.admission import SLACK, is_fair, least_load, next_try
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
 from forkd.system.roll import Roll
-from forkd.system.scoreboard import NOBODY, Field, Row, Scoreboard
-
-log = logging.getLogger("forkd.accept")
-
-#: Seconds between two heartbeats of a worker.
-BEAT = 1.0
+from forkd.system.scoreboard import NOBODY, Field, Row
 
 #: Seconds for which a worker takes no clients after the system had no means for one more.
 PAUSE = 0.1
@@ -126,17 +117,22 @@ class Acceptor:
         # socket.accept() asks the listener for family and type each time, as enumerations; they never change. `_accept`
         # is what it calls itself: accept4(2), the descriptor not inheritable.
         self._accept = sock._accept  # type: ignore[attr-defined]
+        self._accepted = policy.accepted
         self._family, self._type, self._proto = int(sock.family), int(sock.type), sock.proto
         self.queued = False
 
-    def queue(self) -> None:
-        """Joins the listener's wait queue, at its end."""
+    def queue(self) -> bool:
+        """Joins the listener's wait queue, at its end; whether it did."""
         self._selector.listeners[self._fd] = self.ready
         self._selector.epoll.register(self._fd, IN_EXCLUSIVE)
         self.queued = True
+        return True
 
     def leave(self) -> None:
         """Leaves the wait queue."""
+        self._unwatch()
+
+    def _unwatch(self) -> None:
         if self.queued:
             self._selector.epoll.unregister(self._fd)
             self.queued = False
@@ -165,10 +161,11 @@ class Acceptor:
             if error.errno in _EXHAUSTED:
                 self._policy.exhausted(error)
             return
-        self._policy.accepted(self)
-        self._begin(descriptor, peer)
+        self._came(descriptor, peer, self._accepted)
 
-    def _begin(self, descriptor: int, peer: Any) -> None:
+    def _came(self, descriptor: int, peer: Any, accepted: Callable[[Acceptor], None]) -> None:
+        """Takes in a client that was accepted, and tells so before it is served."""
+        accepted(self)
         sock = socket.socket(self._family, self._type, self._proto, descriptor)
         sock.setblocking(False)
         self._serve(sock, peer)
@@ -183,121 +180,9 @@ class Acceptor:
         """
         if not self.queued:
             return
-        self.leave()
+        self._unwatch()
         try:
             descriptor, peer = self._accept()
         except OSError:  # there is nobody, or no means to take one more: then it is for the others
             return
-        count()
-        self._begin(descriptor, peer)
-
-
-class Balance:
-    """A worker's share of the clients: when its listeners wait for some, and when not.
-
-    Args:
-        loop: the worker's loop.
-        board: the scoreboard, for the others' loads.
-        tally: this worker's connections.
-    """
-
-    def __init__(self, loop: PollLoop, board: Scoreboard, tally: Tally) -> None:
-        self._loop = loop
-        self._board = board
-        self._loads = board.loads()
-        self._tally = tally
-        self._acceptors: Sequence[Acceptor] = ()
-        self._waited = 0.0
-        self._retry: Any = None
-        self._complained = -1e9
-
-    def start(self, acceptors: Sequence[Acceptor]) -> None:
-        """Begins to take clients by these listeners."""
-        self._acceptors = acceptors
-        self._tally.set_accepting(True)
-        self._come_back()
-
-    def stop(self) -> None:
-        """Takes no more clients but one that this worker alone may know of, and closes this process's copies of the
-        listeners. That one is counted when this returns.
-        """
-        self._tally.set_accepting(False)
-        self._tally.on_closed = None
-        self._cancel()
-        acceptors, self._acceptors = self._acceptors, ()
-        for acceptor in acceptors:
-            acceptor.last_call(self._tally.opened)
-        for acceptor in acceptors:
-            acceptor.close()
-
-    def accepted(self, acceptor: Acceptor) -> None:
-        """Counts a client that was accepted; lets another worker have the next one."""
-        tally = self._tally
-        tally.opened()
-        mine = tally.accepted - tally.ended
-        # From the cheapest question to the dearest, since it is asked for every client: is it fair whatever the others
-        # have; by all the loads there are; by those of the workers that are alive.
-        if mine <= SLACK or is_fair(mine, min(self._loads)) or is_fair(mine, self._least()):
-            acceptor.requeue()
-        else:
-            self._step_out(next_try(0.0, BEAT))
-
-    def exhausted(self, error: OSError) -> None:
-        """The system could not give one more descriptor or buffer: out for a moment, and one line a minute about it."""
-        now = self._loop.time()
-        if now - self._complained > 60:
-            self._complained = now
-            log.error("can't accept clients: %s; they wait in the backlog meanwhile", error.strerror)
-        self._step_out(PAUSE)
-
-    def beat(self) -> None:
-        """At each heartbeat: takes a client that was left lying by a worker that was woken for it and stands still."""
-        self._loads = self._board.loads()
-        for acceptor in self._acceptors:
-            if acceptor.queued:
-                acceptor.try_once()
-
-    def _least(self) -> int:
-        rows = ((row[Field.LOAD], row[Field.HEARTBEAT]) for row in self._board.rows())
-        return least_load(rows, monotonic_ns(), int(BEAT * 1e9))
-
-    def _fair(self) -> bool:
-        return is_fair(self._tally.active, self._least())
-
-    def _step_out(self, seconds: float) -> None:
-        # No last call here: it would be one client more for a worker that is ahead, and each would end in another step
-        # out, so that a crowd would be served by this worker to the last. It is hardly needed either: for a client that
-        # comes while this worker is at work the kernel wakes the next one, and who is behind is in the queue.
-        for acceptor in self._acceptors:
-            acceptor.leave()
-        self._tally.on_closed = self._look_again
-        self._wait(seconds)
-
-    def _look_again(self) -> None:
-        """One of this worker's connections has closed."""
-        if self._fair():
-            self._come_back()
-
-    def _time_is_up(self) -> None:
-        self._retry = None
-        if self._fair():
-            self._come_back()
-        else:
-            self._wait(next_try(self._waited, BEAT))
-
-    def _come_back(self) -> None:
-        self._cancel()
-        self._tally.on_closed = None
-        for acceptor in self._acceptors:
-            if not acceptor.queued:
-                acceptor.queue()
-
-    def _wait(self, seconds: float) -> None:
-        self._cancel()
-        self._waited = seconds
-        self._retry = self._loop.call_later(seconds, self._time_is_up)
-
-    def _cancel(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+        self._came(descriptor, peer, lambda _: count())

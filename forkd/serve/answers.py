@@ -9,18 +9,14 @@ knows (the latest peers of a datagram socket, say) is another row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from forkd.config.units import parse_network
 from forkd.ended import Killed
-from forkd.serve.doors import is_welcome
 from forkd.serve.ending import transports_of
 from forkd.serve.loop import PollLoop
+from forkd.serve.networks import Networks
 from forkd.serve.transport import Transport
 from forkd.wire import Message
-
-if TYPE_CHECKING:
-    from forkd.config.units import Network
 
 
 def answer(loop: PollLoop, question: Message) -> Message | None:
@@ -32,8 +28,8 @@ def answer(loop: PollLoop, question: Message) -> Message | None:
 def kill(loop: PollLoop, question: Message) -> int:
     """Ends the connection that the kernel calls `cookie`, or all from the addresses of `network`; how many."""
     if "network" in question:
-        network = parse_network(question["network"])
-        doomed = [transport for transport in transports_of(loop) if _is_of(transport, network)]
+        networks = Networks([parse_network(question["network"])])
+        doomed = [transport for transport in transports_of(loop) if _is_of(transport, networks)]
     else:
         doomed = [transport for transport in transports_of(loop) if _is_called(transport, question["cookie"])]
     for transport in doomed:
@@ -41,9 +37,8 @@ def kill(loop: PollLoop, question: Message) -> int:
     return len(doomed)
 
 
-def _is_of(transport: Transport, network: Network) -> bool:
-    # A unix socket's peer has a name, or none, and no address.
-    return not transport.is_over and isinstance(transport.peer, tuple) and is_welcome(transport.peer, [network])
+def _is_of(transport: Transport, networks: Networks) -> bool:
+    return not transport.is_over and networks.has(transport.peer)
 
 
 def _is_called(transport: Transport, cookie: int) -> bool:

@@ -29,7 +29,7 @@ MOST_OF_PEER = 64
 RETRY = 0.01
 
 # As plain integers: an enumeration's members cost a look-up each.
-_IN, _OUT, _DROPPED = int(Field.DATAGRAMS_IN), int(Field.DATAGRAMS_OUT), int(Field.DATAGRAMS_DROPPED)
+_IN, _OUT, _DROPPED = int(Field.DATAGRAMS_RECEIVED), int(Field.DATAGRAMS_SENT), int(Field.DATAGRAMS_DROPPED)
 
 
 class DatagramKeeper(Protocol):

@@ -17,9 +17,11 @@ from typing import Any
 from forkd.config.options import Listener
 from forkd.errors import HandlerError
 from forkd.serve.datagram import DatagramTransport
+from forkd.serve.datagram_admission import DatagramAdmission
 from forkd.serve.handlers.datagram import DatagramServer
 from forkd.serve.handlers.load import Handler
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
+from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Row
 from forkd.system.sockets import BoundListener
 
@@ -44,28 +46,36 @@ class Datagrams:
         self._ending = False
         self._again: Callable[[], None] = lambda: None
 
-    def serve(self, bound: BoundListener, handler: Handler) -> None:
+    def serve(self, bound: BoundListener, handler: Handler, ledger: Ledger | None = None) -> None:
         """Serves all sockets of a listener.
+
+        Args:
+            bound: the listener.
+            handler: what serves it.
+            ledger: what this worker counts with the others; None: nothing is asked of who sends.
 
         Raises:
             HandlerError: the protocol's factory or its `connection_made` has raised.
         """
         # Of a socket that workers share, one alone is woken for a datagram.
-        watch = IN if bound.listener.address.scheme == "udp" else IN_EXCLUSIVE
+        more: dict[str, Any] = {"watch": IN if bound.listener.address.scheme == "udp" else IN_EXCLUSIVE}
+        if ledger is not None:
+            admission = DatagramAdmission(bound, self._loop, ledger, self._row)
+            more |= {"admit": admission.admit, "unwrap": admission.unwrap}
         try:
             for sock in bound.sockets:
-                self.serve_socket(sock, bound.listener, handler, str(bound.address), watch=watch)
+                self.serve_socket(sock, bound.listener, handler, str(bound.address), **more)
         except Exception as error:  # noqa: BLE001 (the handler's border)
             reason = f"{bound.listener.handler}: {traceback.format_exception_only(error)[-1].strip()}"
             raise HandlerError(f"{reason}, when it was to serve {bound.address}", traceback.format_exc()) from None
 
     def serve_socket(
-        self, sock: socket.socket, listener: Listener, handler: Handler, name: str, *, peer: Any = None, watch: int = IN
+        self, sock: socket.socket, listener: Listener, handler: Handler, name: str, **more: Any
     ) -> DatagramTransport:
-        """Serves one socket, connected to `peer` if there is one. Raises what the handler raises."""
+        """Serves one socket; `more` as of `DatagramTransport`. Raises what the handler raises."""
         limit = listener.limits.write_buffer
         server = DatagramServer(self._loop, handler.target, self._row.cells, limit, name, self._lost)
-        self._transports.append(server.serve(sock, peer, watch))
+        self._transports.append(server.serve(sock, **more))
         return self._transports[-1]
 
     def beat(self) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from forkd.serve.accept import PAUSE, Acceptor
 from forkd.serve.loop import IN, PollLoop
+from forkd.serve.networks import Permission
 
 if TYPE_CHECKING:
+    from forkd.config.options import Listener
     from forkd.config.units import Network
     from forkd.serve.once import Enter
     from forkd.system.sockets import BoundListener
@@ -23,16 +25,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("forkd.once")
 
 
-def is_welcome(peer: Any, networks: Sequence[Network]) -> bool:
-    """Whether a client may come from where it comes, by its address as accept(2) gives it."""
-    if not networks:
-        return True
-    import ipaddress  # noqa: PLC0415 (who welcomes everybody does not pay for it)
+def welcoming(listener: Listener, networks: Sequence[Network]) -> Callable[[Any], bool]:
+    """What tells whether a client may come from where it comes, by its address as accept(2) gives it.
 
-    found = ipaddress.ip_address(peer[0].partition("%")[0])
-    # To an IPv6 socket that takes both, an IPv4 client is one of ::ffff:0:0/96.
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return any((mapped or found) in network or found in network for network in networks)
+    Args:
+        listener: whose networks it must be of.
+        networks: of which it must be as well; empty: of any.
+    """
+    in_general, now = Permission(listener.allow, listener.deny), Permission(networks, ())
+    return lambda peer: in_general.allow(peer) and now.allow(peer)
 
 
 class Listening:
@@ -45,7 +46,7 @@ class Listening:
 
     def __init__(self, bound: BoundListener, networks: Sequence[Network]) -> None:
         self._bound = bound
-        self._networks = networks
+        self._is_welcome = welcoming(bound.listener, networks)
         self._closed = False
         self._acceptors: list[Acceptor] = []
 
@@ -61,7 +62,7 @@ class Listening:
             acceptor.queue()
 
     def _came(self, listener: socket.socket, sock: socket.socket, peer: Any) -> None:
-        if not is_welcome(peer, self._networks):
+        if not self._is_welcome(peer):
             log.warning("turned away %s", peer)
             sock.close()
             return
@@ -103,7 +104,7 @@ class FirstSender:
 
     def __init__(self, bound: BoundListener, networks: Sequence[Network]) -> None:
         self._bound = bound
-        self._networks = networks
+        self._is_welcome = welcoming(bound.listener, networks)
         self._waiting: list[socket.socket] = []
 
     def open(self, loop: PollLoop, enter: Enter) -> None:
@@ -120,7 +121,7 @@ class FirstSender:
             return
         try:
             peer = sock.recvfrom(1, socket.MSG_PEEK)[1]
-            if peer and (sock.family == socket.AF_UNIX or is_welcome(peer, self._networks)):
+            if peer and self._is_welcome(peer):
                 sock.connect(peer)
                 self._let_in(sock, peer)
                 return

@@ -22,17 +22,20 @@ from typing import Any
 from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
-from forkd.serve.accept import BEAT, Acceptor, Balance, Serve, Tally
+from forkd.serve.accept import Acceptor, Serve, Tally
 from forkd.serve.answers import answer
+from forkd.serve.balance import BEAT, Balance
 from forkd.serve.datagrams import Datagrams
 from forkd.serve.deadlines import Deadlines
 from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
+from forkd.serve.guard import guarded, is_limited
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.recycling import Wear
 from forkd.serve.settle import settle
 from forkd.system.channel import Channel, ChannelClosed
+from forkd.system.counts import Ledger
 from forkd.system.identity import Identity
 from forkd.system.logs import replace_log, set_role
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
@@ -103,6 +106,7 @@ class Worker:
         self._loop = loop
         self._tally = Tally(station.row, Roll(board.regions.of(station.row.index)))
         loop.on_error = self._tally.failed
+        self._board = board
         self._balance = Balance(loop, board, self._tally)
         self._deadlines = Deadlines(loop)
         self._datagrams = Datagrams(loop, station.row, self._lost_socket)
@@ -131,10 +135,11 @@ class Worker:
         self._loop.selector.epoll.register(channel.fileno(), IN)
         if self._wear.memory and (warning := self._wear.begin(resident_memory())):
             log.warning("%s", warning)
+        ledger = Ledger(self._board, self._station.row.index) if any(map(is_limited, listeners)) else None
         try:
             for bound, handler in zip(listeners, handlers, strict=True):
                 if handler.form == "datagram":
-                    self._datagrams.serve(bound, handler)
+                    self._datagrams.serve(bound, handler, ledger if is_limited(bound) else None)
         except HandlerError as error:
             channel.send({"event": "failed", "reason": str(error), "details": error.details})
             self.status = COULD_NOT_BOOT
@@ -142,16 +147,23 @@ class Worker:
             return
         self._beat()
         channel.send({"event": "ready"})
-        self._balance.start(
-            [
-                Acceptor(self._loop, sock, self._server(bound, handler), self._balance)
-                for bound, handler in zip(listeners, handlers, strict=True)
-                if handler.form != "datagram"
-                for sock in bound.sockets
-            ]
-        )
+        self._balance.start(self._acceptors(listeners, handlers, ledger))
         self._fit = True
         log.debug("serves")
+
+    def _acceptors(
+        self, listeners: Sequence[BoundListener], handlers: Sequence[Handler], ledger: Ledger | None
+    ) -> list[Acceptor]:
+        row, found = self._station.row, list[Acceptor]()
+        for bound, handler in zip(listeners, handlers, strict=True):
+            if handler.form == "datagram":
+                continue
+            serve = self._server(bound, handler)
+            if ledger is not None and is_limited(bound):
+                found += guarded(bound, self._loop, serve, self._balance, ledger, row)
+            else:
+                found += [Acceptor(self._loop, sock, serve, self._balance) for sock in bound.sockets]
+        return found
 
     def _server(self, bound: BoundListener, handler: Handler) -> Serve:
         return host(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from forkd.config.options import Rlimits
+from forkd.config.options import Rlimits, Settings
 from forkd.config.scales import show_size
 from forkd.config.units import UNLIMITED
+from forkd.system.capabilities import Capability, has_capability
+
+#: Descriptors that a worker has need of beside its connections', about.
+RESERVED = 64
 
 _NUMBERS = {
     "nofile": resource.RLIMIT_NOFILE,
@@ -39,6 +43,19 @@ def raise_limits(wanted: Rlimits) -> list[str]:
     except (OSError, ValueError) as error:  # ValueError is how Python tells of EPERM and EINVAL
         lacking.append(f"rlimits.nofile: can't be raised to the hard limit, {_shown('nofile', hard)}: {error}")
     return lacking
+
+
+def lacking_files(settings: Settings) -> list[str]:
+    """A sentence where a worker can't have the descriptors that the limits of its listeners allow it to need."""
+    needed = sum(listener.limits.per_worker for listener in settings.listen) + RESERVED
+    wanted, hard = _value(settings.rlimits, "nofile"), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    there = hard if wanted is None or (0 <= hard < wanted and not has_capability(Capability.SYS_RESOURCE)) else wanted
+    if needed == RESERVED or there == UNLIMITED or there >= needed:
+        return []
+    return [
+        f"limits.per_worker: wants {needed - RESERVED} connections of one worker, which may have {there} descriptors, "
+        f"of which it needs about {RESERVED} itself: more clients wait in the backlog; see rlimits.nofile"
+    ]
 
 
 def set_limits(wanted: Rlimits) -> None:

@@ -34,10 +34,22 @@ class Field(IntEnum):
     ENDED_HEARTBEAT = auto()
     ENDED_WRITE_BUFFER = auto()
     ENDED_KILLED = auto()
-    DATAGRAMS_IN = auto()
-    DATAGRAMS_OUT = auto()
+    DATAGRAMS_RECEIVED = auto()
+    DATAGRAMS_SENT = auto()
     DATAGRAMS_DROPPED = auto()  # that were to be sent, when too many were unsent already
+    REFUSED_FULL = auto()  # clients for whom there was no place
+    REFUSED_PER_IP = auto()  # those of whose address there were too many
+    REFUSED_RATE = auto()  # those of whose address too many came
+    REFUSED_DENIED = auto()  # those who may not come from where they come
 
+
+#: Fields that only ever grow in a worker's life: the daemon's totals are their sums, over the living and the dead.
+COUNTERS = (
+    Field.ACCEPTED,
+    Field.CLOSED,
+    Field.ERRORS,
+    *(field for field in Field if field.name.startswith(("DATAGRAMS_", "ENDED_", "REFUSED_"))),
+)
 
 #: The load of a row whose worker takes no clients: more than any worker's, so the least load never is its.
 NOBODY = 1 << 62
@@ -87,6 +99,11 @@ class Row:
             self._board.release(self.index)
 
 
+def counts_of(row: Row) -> dict[str, int]:
+    """What its worker has counted, by the field's name."""
+    return {field.name.lower(): max(0, row[field]) for field in COUNTERS}
+
+
 class Scoreboard:
     """All rows.
 
@@ -113,6 +130,8 @@ class Scoreboard:
         self._size = size
         self._memory = memoryview(self._map).cast("q")
         self._header = self._memory[: len(Field)]
+        if descriptor < 0:
+            self._memory[1:3] = memoryview(os.urandom(2 * _BYTES)).cast("q")
         self.capacity = capacity
         self.regions = Regions(capacity, regions)
 
@@ -137,6 +156,13 @@ class Scoreboard:
     def used(self) -> int:
         """How many rows, from the first on, have ever been handed out; the ones that are worth looking at."""
         return int(self._header[0])
+
+    @property
+    def secret(self) -> bytes:
+        """Chosen by chance when the daemon started, and the same for as long as it lives, also through upgrades: it is
+        part of the memory.
+        """
+        return self._memory[1:3].tobytes()
 
     def row(self, index: int) -> Row:
         """The row of this number, from 0."""

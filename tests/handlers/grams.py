@@ -78,3 +78,10 @@ class Unmade(asyncio.DatagramProtocol):
 
 def factory() -> Who:
     return Who()
+
+
+class From(Who):
+    """Answers with the address that the datagram came from, and what it was."""
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.transport.sendto(f"{addr[0]}:{addr[1]} ".encode() + data, addr)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from forkd.serve.datagram import DatagramTransport
-from forkd.serve.loop import IN, PollLoop
+from forkd.serve.loop import PollLoop
 
 DatagramFactory = Callable[[], asyncio.DatagramProtocol]
 
@@ -41,9 +41,9 @@ class DatagramServer:
         self.listener = listener
         self.lost = on_lost
 
-    def serve(self, sock: socket.socket, peer: Any = None, watch: int = IN) -> DatagramTransport:
-        """Serves one socket, and owns it; arguments as of `DatagramTransport`. Raises what the handler raises."""
+    def serve(self, sock: socket.socket, **more: Any) -> DatagramTransport:
+        """Serves one socket, and owns it; `more` as of `DatagramTransport`. Raises what the handler raises."""
         sock.setblocking(False)
-        transport = DatagramTransport(self._loop, sock, self._factory(), self, peer=peer, watch=watch)
+        transport = DatagramTransport(self._loop, sock, self._factory(), self, **more)
         transport.start()
         return transport
