@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.config.plain import to_plain
 from forkd.errors import BootError, ForkdError
 from forkd.master.backoff import Slot
@@ -22,11 +23,12 @@ from forkd.master.logbook import Logbook
 from forkd.master.spawn import HELPER, ChildMain, Exit, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
+from forkd.system.bound import BoundListener
 from forkd.system.channel import Channel, channel_pair
 from forkd.system.identity import Identity
 from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Row
-from forkd.system.sockets import BoundListener, bind_listener
+from forkd.system.sockets import bind_listener
 from forkd.wire import Message
 
 V4 = "tcp://127.0.0.1:0"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from forkd.config.address import LONGEST_PATH, Address
 from forkd.config.agree import mistakes
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.config.scales import Rate
 from forkd.config.units import JOURNAL, MOST_WORKERS, UNLIMITED, Kind
 

@@ -10,10 +10,11 @@ import pytest
 from clients import datagram_client
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import AddressInUse, ForkdError
+from forkd.system.bound import BoundListener
 from forkd.system.queues import queue_of
-from forkd.system.sockets import BoundListener, bind_listener, match_listeners, probe_listener
+from forkd.system.sockets import bind_listener, match_listeners, probe_listener
 
 Bind = Callable[..., BoundListener]
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forkd.config.address import Address
-from forkd.config.options import Keepalive, Listener, Timeouts
+from forkd.config.listener import Keepalive, Listener, Timeouts
 from forkd.ended import Ended, FirstByteTimeout, HeartbeatLost, IdleTimeout, LifetimeOver, WriteTimeout
 from forkd.serve import deadlines
 from forkd.serve.deadlines import GRAIN, Deadlines, Patience, Sighting, explained, sighting_of

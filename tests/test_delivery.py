@@ -11,7 +11,7 @@ from contract import MUCH, Recorder, forkd_only, kits, read_exactly, read_to_end
 from test_transport_closing import reset
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Timeouts
+from forkd.config.listener import Listener, Timeouts
 from forkd.ended import WriteTimeout
 from forkd.serve.deadlines import Deadlines, Patience
 

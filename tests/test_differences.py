@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from forkd.config.address import parse_address
 from forkd.config.declare import Needs, option, options, section
 from forkd.config.differences import Difference, differences
-from forkd.config.options import Limits, Listener, Log, Recycle, Settings
+from forkd.config.listener import Limits, Listener
+from forkd.config.options import Log, Recycle, Settings
 from forkd.config.plain import to_plain
 from forkd.config.units import integer
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from forkd.config.address import parse_address
 from forkd.config.escapes import octets, parse_escaped
-from forkd.config.options import Limits, Listener
+from forkd.config.listener import Limits, Listener
 from forkd.config.scales import Rate
 from forkd.config.units import parse_network
 from forkd.serve.gate import DENIED, RATE, Gate, hashing

@@ -11,15 +11,15 @@ import pytest
 from desk import Desk, desks
 
 from forkd.config.address import parse_address
-from forkd.config.options import Limits, Listener
+from forkd.config.listener import Limits, Listener
 from forkd.serve import refusal
 from forkd.serve.accept import Serve
 from forkd.serve.guard import GuardedAcceptor, guarded
 from forkd.serve.handlers.protocol import ProtocolServer
+from forkd.system.bound import BoundListener
 from forkd.system.counts import Ledger
 from forkd.system.memory import WRITE
 from forkd.system.scoreboard import NOBODY, Field
-from forkd.system.sockets import BoundListener
 
 desk = desks
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import HandlerError
 from forkd.serve.handlers.load import add_to_path, load_handler
 

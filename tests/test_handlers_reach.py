@@ -16,7 +16,8 @@ from children import ChildFailed, in_child
 from needs import needs_python_for_all, needs_root
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.serve.handlers import reach
 from forkd.serve.handlers.load import load_handler
 from forkd.serve.handlers.reach import check_reach, obstacle

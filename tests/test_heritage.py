@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.errors import BootError, ForkdError
 from forkd.master.backoff import Slot
 from forkd.master.generation import Generation

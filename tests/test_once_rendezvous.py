@@ -16,7 +16,7 @@ from processes import PATIENCE
 from single import Single
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import ForkdError
 from forkd.serve.rendezvous import Rendezvous
 

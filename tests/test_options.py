@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from forkd.config.declare import Needs, default_of, options
-from forkd.config.options import Limits, Log, Recycle, Settings
+from forkd.config.listener import Limits
+from forkd.config.options import Log, Recycle, Settings
 
 
 def test_a_reload_is_less_than_an_upgrade_and_that_less_than_a_restart() -> None:

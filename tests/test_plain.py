@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forkd.config.address import Address
-from forkd.config.options import Listener, Log, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Log, Settings
 from forkd.config.plain import WHERE, from_plain, to_plain
 from forkd.errors import ConfigError
 

@@ -15,7 +15,8 @@ from children import ChildFailed, in_child
 from needs import needs_root
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Rlimits, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Rlimits, Settings
 from forkd.system import capabilities, privileges
 from forkd.system.capabilities import Capability
 from forkd.system.identity import find_identity

@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 from forkd.config.address import Address, parse_address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import AddressInUse, ForkdError
+from forkd.system.bound import BoundListener
 from forkd.system.holders import holder_of
 from forkd.system.paths import current_umask
-from forkd.system.sockets import BoundListener, bind_all, bind_listener, probe_listener, update_listener
+from forkd.system.sockets import bind_all, bind_listener, probe_listener, update_listener
 
 V4, V6 = "tcp://127.0.0.1:0", "tcp://[::1]:0"
 

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import AddressInUse, ForkdError
-from forkd.system.sockets import BoundListener, bind_all, bind_listener, match_listeners, update_listener
+from forkd.system.bound import BoundListener
+from forkd.system.sockets import bind_all, bind_listener, match_listeners, update_listener
 
 V4 = "tcp://127.0.0.1:0"
 

@@ -17,8 +17,8 @@ from manager import Manager, under
 from processes import PATIENCE, wait_end
 
 from forkd.config.address import parse_address
-from forkd.config.options import Listener
-from forkd.system.sockets import BoundListener
+from forkd.config.listener import Listener
+from forkd.system.bound import BoundListener
 from forkd.system.store import names_of
 
 ANY = "tcp://127.0.0.1:0"

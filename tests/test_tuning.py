@@ -17,7 +17,8 @@ from harness import Harness
 from single import Single
 
 from forkd.config.address import parse_address
-from forkd.config.options import Keepalive, Listener, Settings, SocketOptions
+from forkd.config.listener import Keepalive, Listener, SocketOptions
+from forkd.config.options import Settings
 from forkd.errors import ForkdError
 from forkd.system.tuning import QuickAckSocket, connection_tuner, shortcomings, tune
 

@@ -16,7 +16,8 @@ from processes import PATIENCE
 
 from forkd import drain
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Recycle, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Recycle, Settings
 from forkd.serve import worker as module
 from forkd.serve.handlers.load import Handler
 from forkd.serve.loop import PollLoop

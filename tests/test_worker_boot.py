@@ -12,7 +12,8 @@ from processes import PATIENCE
 
 from forkd import signals
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.serve.worker import Station, run_worker
 from forkd.system.channel import channel_pair
 from forkd.system.scoreboard import Scoreboard

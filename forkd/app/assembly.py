@@ -23,13 +23,14 @@ from forkd.master.errands import Errands
 from forkd.master.generation import Generation, wanted_workers
 from forkd.master.heritage import Heritage, Place
 from forkd.master.master import Master
+from forkd.system.bound import BoundListener
 from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
 from forkd.system.logs import open_log, start_logging
 from forkd.system.pidfile import RunDirectory, make_private_directory
 from forkd.system.process import close_all_but
 from forkd.system.scoreboard import Row, Scoreboard
-from forkd.system.sockets import BoundListener, bind_all
+from forkd.system.sockets import bind_all
 from forkd.system.store import bind_stored
 
 log = logging.getLogger("forkd")

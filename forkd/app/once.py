@@ -24,11 +24,12 @@ from forkd.serve.doors import Connected, FirstSender, Listening, welcoming
 from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.once import Door, serve_one
 from forkd.serve.settle import settle
+from forkd.system.bound import BoundListener
 from forkd.system.identity import find_identity
 from forkd.system.inherited import address_of, is_connected, is_listening, take_inherited
 from forkd.system.logs import open_log, set_role, start_logging
 from forkd.system.pidfile import PidFile
-from forkd.system.sockets import BoundListener, bind_listener
+from forkd.system.sockets import bind_listener
 from forkd.system.tuning import shortcomings, tune
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from forkd.cli.look import check_all
 from forkd.cli.single import serve
 from forkd.cli.target import read_target, run_directory_of, settings_of
 from forkd.config.address import parse_address
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.errors import AlreadyRunning, BootError, ConfigError, NotRunning
+from forkd.system.bound import BoundListener
 from forkd.system.pidfile import RunDirectory
-from forkd.system.sockets import BoundListener
 from forkd.wire import Message
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 
 #: Where a mistake is, and what it is.
 Mistake = tuple[tuple[str | int, ...], str]

@@ -19,7 +19,8 @@ import yaml
 
 from forkd.config.agree import mistakes
 from forkd.config.declare import ListOf, Option, default_of, made_of, options
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.config.override import Override, empty_mapping, graft, made_mark
 from forkd.config.units import Kind
 from forkd.errors import ConfigError, Problem

@@ -26,11 +26,12 @@ from forkd.master.spawn import HELPER, Exit, Worker
 from forkd.master.state import State
 from forkd.master.upgrade import replace_image, try_image
 from forkd.states import Mode
+from forkd.system.bound import BoundListener
 from forkd.system.channel import Channel
 from forkd.system.identity import Identity
 from forkd.system.process import signal_when_parent_dies
 from forkd.system.scoreboard import Row
-from forkd.system.sockets import BoundListener, match_listeners, update_listener
+from forkd.system.sockets import match_listeners, update_listener
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, field
 
 from forkd.config.options import Settings
+from forkd.system.bound import BoundListener
 from forkd.system.identity import Identity
 from forkd.system.process import processors
-from forkd.system.sockets import BoundListener
 
 
 @dataclass(slots=True)

@@ -21,10 +21,10 @@ from forkd.master.backoff import Slot
 from forkd.master.generation import Generation
 from forkd.master.spawn import LAST_WORDS, Worker
 from forkd.states import Life
+from forkd.system.bound import BoundListener
 from forkd.system.channel import Channel
 from forkd.system.identity import Identity
 from forkd.system.scoreboard import Field, Scoreboard
-from forkd.system.sockets import BoundListener
 
 #: Of what is handed over. Another number is another form, which this code does not read.
 FORMAT = 3

@@ -12,10 +12,10 @@ from forkd import __version__
 from forkd.master.spawn import HELPER, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
+from forkd.system.bound import BoundListener
 from forkd.system.logs import escaped
 from forkd.system.queues import queue_of
 from forkd.system.scoreboard import COUNTERS, Field, counts_of
-from forkd.system.sockets import BoundListener
 
 
 def status(state: State, change: str) -> dict[str, Any]:

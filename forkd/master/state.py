@@ -16,9 +16,9 @@ from forkd.master.heritage import Heritage, Place
 from forkd.master.plan import Candidate, Pool
 from forkd.master.spawn import HELPER, Worker
 from forkd.states import Mode
+from forkd.system.bound import BoundListener
 from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Scoreboard
-from forkd.system.sockets import BoundListener
 
 
 @dataclass(slots=True)

@@ -12,9 +12,9 @@ from forkd.serve.loop import PollLoop
 from forkd.serve.networks import Networks
 from forkd.serve.proxy_protocol import Malformed, parse_datagram
 from forkd.serve.refusal import Refusals
+from forkd.system.bound import BoundListener
 from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Row
-from forkd.system.sockets import BoundListener
 
 
 class DatagramAdmission:

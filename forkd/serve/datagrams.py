@@ -14,16 +14,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import HandlerError
 from forkd.serve.datagram import DatagramTransport
 from forkd.serve.datagram_admission import DatagramAdmission
 from forkd.serve.handlers.datagram import DatagramServer
 from forkd.serve.handlers.load import Handler
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
+from forkd.system.bound import BoundListener
 from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Row
-from forkd.system.sockets import BoundListener
 
 log = logging.getLogger("forkd.datagram")
 

@@ -13,7 +13,7 @@ from math import inf
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.ended import Ended, FirstByteTimeout, HeartbeatLost, IdleTimeout, LifetimeOver, WriteTimeout
 from forkd.system.tcp_info import TcpInfo
 

@@ -17,10 +17,10 @@ from forkd.serve.loop import IN, PollLoop
 from forkd.serve.networks import Permission
 
 if TYPE_CHECKING:
-    from forkd.config.options import Listener
+    from forkd.config.listener import Listener
     from forkd.config.units import Network
     from forkd.serve.once import Enter
-    from forkd.system.sockets import BoundListener
+    from forkd.system.bound import BoundListener
 
 log = logging.getLogger("forkd.once")
 

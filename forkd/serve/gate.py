@@ -7,7 +7,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.serve.networks import Permission, origin
 from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Field

@@ -18,9 +18,9 @@ from forkd.serve.gate import DENIED, FULL, PER_IP, RATE, Gate, hashing
 from forkd.serve.loop import PollLoop
 from forkd.serve.networks import origin
 from forkd.serve.refusal import Refusals
+from forkd.system.bound import BoundListener
 from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Row
-from forkd.system.sockets import BoundListener
 
 
 class Held(socket.socket):

@@ -19,7 +19,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from forkd.config.address import Address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import ForkdError
 from forkd.serve.loop import OUT, PollLoop
 from forkd.system.inherited import address_of

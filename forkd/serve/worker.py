@@ -34,6 +34,7 @@ from forkd.serve.handlers.load import Handler, import_handlers
 from forkd.serve.loop import IN, PollLoop
 from forkd.serve.recycling import Wear
 from forkd.serve.settle import settle
+from forkd.system.bound import BoundListener
 from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.counts import Ledger
 from forkd.system.identity import Identity
@@ -41,7 +42,6 @@ from forkd.system.logs import replace_log, set_role
 from forkd.system.process import dump_stacks_on, resident_memory, set_title, signal_when_parent_dies
 from forkd.system.roll import Roll
 from forkd.system.scoreboard import Field, Row, Scoreboard
-from forkd.system.sockets import BoundListener
 
 log = logging.getLogger("forkd.worker")
 

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Sequence
 
 from forkd.config.address import Address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import ForkdError
 from forkd.system.channel import MOST_DESCRIPTORS
 from forkd.system.inherited import is_connected

@@ -16,10 +16,11 @@ from operator import itemgetter
 from urllib.parse import quote, unquote
 
 from forkd.config.address import Address, parse_address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.errors import ForkdError
+from forkd.system.bound import BoundListener
 from forkd.system.inherited import STORED, stored_sockets
-from forkd.system.sockets import BoundListener, bind_all, update_listener
+from forkd.system.sockets import bind_all, update_listener
 
 _LONGEST = 255  # of a name, sd_notify(3)
 _PLAIN = "".join({*string.punctuation} - {":", "%"})  # a name is of printable ASCII, and has no colon

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from math import ceil
 from typing import Any, NamedTuple
 
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.config.scales import show_duration, show_size
 from forkd.errors import ForkdError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from forkd.config.address import Address
-from forkd.config.options import Listener
+from forkd.config.listener import Listener
 from forkd.serve.accept import Serve, Tally
 from forkd.serve.deadlines import Deadlines, Patience
 from forkd.serve.handlers.load import Handler

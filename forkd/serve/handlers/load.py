@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 from forkd.config.address import Address
-from forkd.config.options import Listener, Settings
+from forkd.config.listener import Listener
+from forkd.config.options import Settings
 from forkd.errors import HandlerError
 from forkd.serve.handlers.reach import obstacles
 
