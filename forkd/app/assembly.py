@@ -202,16 +202,11 @@ class Daemon:
                 close_all_but(kept.union(listeners))
             return run_worker(settings, generation.bound, board, Station(slot, row, channel, pid, generation.identity))
 
-        def abandon() -> None:
-            self.held.run.pid_file.close()
-            self.held.close_legacy()
-            self.hang_up()
-
         errands = Errands(
             serve=work,
             prepare=lambda present, verb, channel: prepare(present, verb, channel, self.reread, self.place.directory),
             log_target=lambda settings: log_target(settings, detached=self.place.detached),
-            abandon=abandon,
+            abandon=self._abandon,
             on_ready=lambda: self._ready(control),
         )
         master = Master(generation, board, control=control, selector=self.selector, errands=errands, place=self.place)
@@ -224,6 +219,12 @@ class Daemon:
                 bound.remove()
             control.remove()
             self.held.run.pid_file.lent |= master.state.succeeded
+
+    def _abandon(self) -> None:
+        """In a forked child: closes what is the master's alone."""
+        self.held.run.pid_file.close()
+        self.held.close_legacy()
+        self.hang_up()
 
     def _ready(self, control: ControlSocket) -> None:
         legacy = self.held.legacy

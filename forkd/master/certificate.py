@@ -35,3 +35,8 @@ def obituary(worker: Worker, ended: Exit) -> str:
     words += f", {worker.cause}" if worker.cause else ""
     details = worker.failure.details.rstrip() if worker.failure is not None else ""
     return words + (f"\n{details}" if details else "")
+
+
+def words_of(value: object, most: int) -> str:
+    """What a worker says, where it should be text: so many characters of it, that can be printed in any encoding."""
+    return value[:most].encode(errors="backslashreplace").decode() if isinstance(value, str) else ""

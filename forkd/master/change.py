@@ -24,14 +24,14 @@ from forkd.master.logbook import Logbook
 from forkd.master.plan import Candidate
 from forkd.master.spawn import HELPER, Exit, Worker
 from forkd.master.state import State
-from forkd.master.upgrade import replace_image, try_image
+from forkd.master.upgrade import replace_image, try_or_tell
 from forkd.states import Mode
 from forkd.system.bound import BoundListener
 from forkd.system.channel import Channel
 from forkd.system.identity import Identity
 from forkd.system.process import signal_when_parent_dies
 from forkd.system.scoreboard import Row
-from forkd.system.sockets import match_listeners, update_listener
+from forkd.system.sockets import match_listeners
 from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
@@ -131,7 +131,7 @@ class Changes:
         def main(row: Row, channel: Channel) -> int:
             signal_when_parent_dies(signals.KILL, pid)  # it has copies of the listeners, and may hang
             if change.verb == UPGRADE:
-                return _try_image(state, channel)
+                return try_or_tell(state.heritage([]), channel)
             return state.errands.prepare(state.generation, change.verb, channel)
 
         self._crew.spawn(HELPER, change.number, main)
@@ -228,23 +228,10 @@ class Changes:
         """Makes a candidate the generation that serves. The one before it retires, by the next plan."""
         state, before = self._state, self._state.generation
         state.wanted = self._wanted(candidate.settings)
-        lacking = before.lacking(candidate)
-        state.forsake(lacking, candidate.number)
-        for bound in lacking:
-            bound.fall_silent()
-            bound.remove()
-        for bound in candidate.bound:
-            try:
-                update_listener(bound)
-            except (OSError, ForkdError) as error:
-                log.warning("%s can't follow its new settings: %s", bound.address, error)
-        for worker in self._crew.workers.values():  # they go on by the settings that they were made from
-            if worker.generation == before.number:
-                worker.drain_timeout = before.settings.drain_timeout
-                worker.stall_timeout = before.settings.stall_timeout
+        state.turn_over(candidate)
+        before.give_way(candidate)
         self._logbook.turn_over(before, candidate)
         self._crew.slots.pop(before.number, None)
-        state.generation = candidate
 
     def failed(self, number: int, error: BootError) -> None:
         """A worker of this generation could not boot, or has died."""
@@ -298,15 +285,6 @@ class Changes:
             self.current = None
         for reply in change.replies:
             reply(outcome)
-
-
-def _try_image(state: State, channel: Channel) -> int:
-    """In a helper: tries the code that is there now, or tells why that can't be; its exit status."""
-    try:
-        return try_image(state.heritage([]))
-    except ForkdError as error:
-        channel.send({"event": "failed", "reason": str(error)})
-        return 1
 
 
 def _reason(worker: Worker, ended: Exit, found: Message) -> tuple[str, str]:

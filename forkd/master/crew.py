@@ -19,7 +19,7 @@ from typing import Any
 from forkd import signals
 from forkd.errors import BootError
 from forkd.master.backoff import Slot, after_death, after_fork_failed
-from forkd.master.certificate import certificate, obituary
+from forkd.master.certificate import certificate, obituary, words_of
 from forkd.master.plan import WorkerView
 from forkd.master.spawn import HELPER, ChildMain, Exit, Spawner, Worker
 from forkd.states import Life, Turn, next_life
@@ -181,19 +181,19 @@ class Crew:
                 log.info("worker %d is ready, pid %d", worker.slot, worker.pid, extra={"worker": worker.slot})
             self._live(worker, Turn.READY)
         elif event == "failed":
-            reason, details = (_words(message.get(key), _WORDS) for key in ("reason", "details"))
+            reason, details = (words_of(message.get(key), _WORDS) for key in ("reason", "details"))
             worker.cause = f"could not boot: {reason}"
             worker.failure = BootError(f"worker {worker.slot} could not boot: {reason}", details)
         elif event == "worn" and worker.worn:
             pass
         elif event == "worn":
-            worker.worn = _words(message.get("why"), 200) or "it says so"
+            worker.worn = words_of(message.get("why"), 200) or "it says so"
             log.info("worker %d (pid %d) is to be replaced: %s", worker.slot, worker.pid, worker.worn)
         elif event == "answer":
             if wrong := self.answered(worker, message):
                 self._doubt(worker, wrong, 1)
         else:
-            self._doubt(worker, f"an event {_words(event, 40)!r}", 1)
+            self._doubt(worker, f"an event {words_of(event, 40)!r}", 1)
 
     def _doubt(self, worker: Worker, what: str, weight: int) -> None:
         """A worker says what is no word of a worker. One that does not leave off is heard no more, and replaced."""
@@ -245,7 +245,7 @@ class Crew:
             if worker is not None:
                 self._bury(worker, ended)
 
-    def _take_last_words(self, worker: Worker) -> None:
+    def _take_lastwords_of(self, worker: Worker) -> None:
         for _ in range(_LAST_READS):  # they may still lie in the channel
             if worker.heard:
                 self._hear(worker)
@@ -258,7 +258,7 @@ class Crew:
         self._stop_overhearing(worker)
 
     def _bury(self, worker: Worker, ended: Exit) -> None:
-        self._take_last_words(worker)
+        self._take_lastwords_of(worker)
         life, now = worker.killed_as or worker.life, time.monotonic()
         expected = worker.life in (Life.DRAINING, Life.CLOSING)
         self._live(worker, Turn.EXIT)
@@ -297,8 +297,3 @@ class Crew:
     def _was_out_of_memory(self) -> bool:
         before, self._oom_kills = self._oom_kills, oom_kills()
         return before is not None and self._oom_kills is not None and self._oom_kills > before
-
-
-def _words(value: object, most: int) -> str:
-    """What a worker says, where it should be text: so many characters of it, that can be printed in any encoding."""
-    return value[:most].encode(errors="backslashreplace").decode() if isinstance(value, str) else ""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 
 from forkd.config.options import Settings
+from forkd.errors import ForkdError
 from forkd.system.bound import BoundListener
 from forkd.system.identity import Identity
 from forkd.system.process import processors
+from forkd.system.sockets import update_listener
+
+log = logging.getLogger("forkd.master")
 
 
 @dataclass(slots=True)
@@ -35,6 +40,17 @@ class Generation:
             bound.close()
         if self.log != kept.log:
             os.close(self.log)
+
+    def give_way(self, other: Generation) -> None:
+        """Closes the listeners that another generation does not have, for good; those that stay follow its settings."""
+        for bound in self.lacking(other):
+            bound.fall_silent()
+            bound.remove()
+        for bound in other.bound:
+            try:
+                update_listener(bound)
+            except (OSError, ForkdError) as error:
+                log.warning("%s can't follow its new settings: %s", bound.address, error)
 
     def lacking(self, other: Generation) -> list[BoundListener]:
         """The listeners that another generation does not have."""

@@ -72,6 +72,15 @@ class State:
         """Whether there are just the workers that are wanted, and all serve."""
         return self.crew.serves(self.generation.number, self.wanted)
 
+    def turn_over(self, candidate: Generation) -> None:
+        """Another generation is the one that serves. The workers of the one before go on by its settings."""
+        before, self.generation = self.generation, candidate
+        self.forsake(before.lacking(candidate), candidate.number)
+        for worker in self.workers.values():
+            if worker.generation == before.number:
+                worker.drain_timeout = before.settings.drain_timeout
+                worker.stall_timeout = before.settings.stall_timeout
+
     def forsake(self, listeners: Iterable[BoundListener], heir: int = 0) -> None:
         """Notes where listeners are that are about to be closed, for those workers that may have clients of them: all
         but those of the generation that takes over.

@@ -14,6 +14,7 @@ from typing import NoReturn
 from forkd import signals
 from forkd.errors import ForkdError
 from forkd.master.heritage import Heritage
+from forkd.system.channel import Channel
 from forkd.wire import RESUME
 
 
@@ -29,6 +30,15 @@ def try_image(heritage: Heritage) -> int:
     descriptor = _written(heritage)
     os.set_inheritable(descriptor, True)
     _run(f"check:{descriptor}", heritage.place.directory)
+
+
+def try_or_tell(heritage: Heritage, channel: Channel) -> int:
+    """As `try_image`, and tells on the channel why where it can't be tried."""
+    try:
+        return try_image(heritage)
+    except ForkdError as error:
+        channel.send({"event": "failed", "reason": str(error)})
+        return 1
 
 
 def replace_image(heritage: Heritage) -> NoReturn:
