@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -350,3 +351,26 @@ def test_a_number_of_workers_that_can_not_be_bound_for_changes_nothing(harness: 
     assert "300 workers with 1 datagram sockets each are more than the 253" in result.stderr
     assert (len(daemon.workers()), _groups(socks)) == (2, groups)
     daemon.expect("stays at 2 workers, and can't have 300")
+
+
+def test_the_latest_peers_are_listed_with_their_counts(harness: Harness, clients: Clients) -> None:
+    daemon = who(harness).run()
+    assert "RECENT" not in daemon.command("clients").stdout
+    made = clients(daemon, 3)
+    for count, sock in enumerate(made, start=1):
+        for _ in range(count):
+            asks(sock)
+    names = {"{}:{}".format(*sock.getsockname()): count for count, sock in enumerate(made, start=1)}
+
+    def listed() -> dict[str, int]:
+        found = json.loads(daemon.command("clients", "--json").stdout)
+        assert all(one["state"] == "recent" and one["id"] is None and one["age"] >= one["idle"] >= 0 for one in found)
+        assert {one["listener"] for one in found} <= {daemon.address}
+        return {one["client"]: one["datagrams_in"] for one in found if one["datagrams_in"] == one["datagrams_out"]}
+
+    assert eventually(lambda: (found := listed()) == names and found, what="three peers") == names
+    text = daemon.command("clients", "--listener", daemon.address, "--sort=-client").stdout
+    rows = [line.split() for line in text.splitlines() if daemon.address in line]
+    assert [(row[2], row[-2], row[-1]) for row in rows] == [
+        (name, str(count), str(count)) for name, count in sorted(names.items(), reverse=True)
+    ]

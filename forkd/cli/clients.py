@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,15 @@ from forkd.cli.text import age, or_dash, table
 from forkd.config import units
 from forkd.config.address import parse_address
 from forkd.errors import ForkdError, UsageError
+from forkd.system.logs import escaped
 from forkd.system.pidfile import RunDirectory
 from forkd.wire import Message
 
 #: Those of the table, in order.
 COLUMNS = ("id", "worker", "listener", "client", "age", "idle", "in", "out", "recvq", "sendq", "rtt", "state")
+
+#: Of a peer that sends datagrams there is none of what a connection has.
+_NO_CONNECTION: Client = {**dict.fromkeys(("id", "in", "out", "recvq", "sendq", "rtt")), "state": "recent"}
 
 _NUMBERS = re.compile("([0-9]+)")
 
@@ -39,16 +44,22 @@ def clients(command: argparse.Namespace) -> int:
     with Conversation(run) as master:
         told = master.ask({"verb": "clients"})
         descriptors = master.take_descriptors()
+        asked = master.ask({"verb": "peers"}) if told["datagrams"] else {"peers": [], "silent": []}
     try:
         found = list_clients(run.name, told, descriptors[0] if descriptors else -1)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     if command.listener is not None:
-        wanted = _listener(command.listener, [one["address"] for one in told["listeners"]])
+        wanted = _listener(command.listener, [one["address"] for one in told["listeners"]] + told["datagrams"])
         found = [one for one in found if one["listener"] == wanted]
-    found = _sorted(found, column, descending=command.sort.startswith("-"))
-    print(json.dumps(found, indent=2) if command.json else "\n".join(_text(found)))
+        asked["peers"] = [one for one in asked["peers"] if one["listener"] == wanted]
+    descending = command.sort.startswith("-")
+    found = _sorted(found, column, descending=descending)
+    peers = _sorted([{**_NO_CONNECTION, **peer} for peer in asked["peers"]], column, descending=descending)
+    print(json.dumps(found + peers, indent=2) if command.json else "\n".join(_text(found) + _peers(peers)))
+    for one in asked["silent"]:
+        print(f"worker {one['slot']} (pid {one['pid']}) has not told its peers in time", file=sys.stderr)
     return 0
 
 
@@ -88,6 +99,21 @@ def _text(found: list[Client]) -> list[str]:
             for one in found
         ],
     )  # fmt: skip
+
+
+def _peers(peers: list[Client]) -> list[str]:
+    """Who has sent datagrams of late."""
+    if not peers:
+        return []
+    head = ["WORKER", "LISTENER", "RECENT PEER", "AGE", "IDLE", "DATAGRAMS IN", "OUT"]
+    rows = [
+        [
+            one["worker"], escaped(one["listener"]), escaped(one["client"]), age(one["age"]), age(one["idle"]),
+            one["datagrams_in"], one["datagrams_out"],
+        ]
+        for one in peers
+    ]  # fmt: skip
+    return ["", *table(head, rows)]
 
 
 def _seconds(value: float | None) -> str:

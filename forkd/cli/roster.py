@@ -2,8 +2,8 @@
 
 No worker is asked, and none notices. The kernel tells of every connection; a worker's /proc/PID/fd tells which of them
 are its own, and by which descriptor; under that number the worker has noted when it began (`roll`). A client that waits
-in the accept queue is nobody's yet, and not among these. Datagram sockets have no connections: whoever talks to one is
-known to its worker alone, who would have to be asked (a row of `serve.answers.QUESTIONS`, by `master.questions`).
+in the accept queue is nobody's yet, and not among these. Datagram sockets have no connections: whoever has talked to
+one of late is known to its worker alone, who is asked by way of the master.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from forkd import __version__
+from forkd.master.certificate import words_of
 from forkd.master.spawn import HELPER, Worker
 from forkd.master.state import State
 from forkd.states import Life, Mode
@@ -68,6 +69,7 @@ def whereabouts(state: State) -> dict[str, Any]:
         "pid": os.getpid(),
         "workers": [{"slot": one.slot, "pid": one.pid, "row": one.row.index} for one in workers],
         "listeners": [place for place in places if place["sockets"]],
+        "datagrams": [str(bound.address) for bound in state.generation.bound if bound.address.takes_datagrams],
     }
 
 
@@ -145,3 +147,20 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         **_sorted(counts_of(row)),
         "lag": round(row[Field.LAG] / 1e9, 6),
     }
+
+
+def peers_of(slot: int, pid: int, claim: object) -> Iterator[dict[str, Any]]:
+    """What a worker claims of the latest peers of its datagram sockets, as far as it is of the right form."""
+    for one in claim if isinstance(claim, list) else ():
+        match one:
+            case [str(listener), str(peer), float() | int() as age, float() | int() as idle, int(came), int(gone)]:
+                yield {
+                    "worker": slot,
+                    "pid": pid,
+                    "listener": words_of(listener, 200),
+                    "client": words_of(peer, 200),
+                    "age": age,
+                    "idle": idle,
+                    "datagrams_in": came,
+                    "datagrams_out": gone,
+                }

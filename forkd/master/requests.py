@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from forkd.config.units import MOST_WORKERS, parse_network
@@ -12,7 +12,8 @@ from forkd.master.change import DIFF, RELOAD, UPGRADE
 from forkd.master.control import Reply
 from forkd.master.plan import GRACE, STACKS
 from forkd.master.questions import Question
-from forkd.master.report import whereabouts
+from forkd.master.report import peers_of, whereabouts
+from forkd.master.spawn import Worker
 from forkd.master.state import State
 from forkd.signals import Order
 from forkd.states import Mode
@@ -21,6 +22,7 @@ from forkd.wire import Message
 
 log = logging.getLogger("forkd.master")
 
+_MOST_PEERS = 4000  # of datagrams, of whom one answer can tell (`wire.LARGEST`)
 _MOST = 1 << 20  # clients that a worker may claim to have closed
 
 #: The answer to a request that had to wait, or None while it is not yet time.
@@ -87,6 +89,8 @@ class Requests:
             self._scale(message.get("workers"), reply)
         elif verb == "clients":
             self._clients(reply)
+        elif verb == "peers":
+            self._peers(reply)
         elif verb == "kill":
             self._kill(message, reply)
         else:
@@ -124,6 +128,19 @@ class Requests:
         finally:
             os.close(reader)
 
+    def _peers(self, reply: Reply) -> None:
+        """Tells who has sent datagrams of late, which the workers alone know."""
+        asked = self._master.ask_workers({"order": "peers"})
+        slots = {one.pid: one.slot for one in asked.asked}
+
+        def outcome() -> Message | None:
+            if not asked.is_over():
+                return None
+            found = [one for pid, claim in asked.found.items() for one in peers_of(slots[pid], pid, claim)]
+            return {"ok": True, "peers": found[:_MOST_PEERS], "silent": _named(asked.missing())}
+
+        self._waiting.append((reply, outcome))
+
     def _kill(self, message: Message, reply: Reply) -> None:
         try:
             question = _kill_question(message)
@@ -138,8 +155,7 @@ class Requests:
             if not asked.is_over():
                 return None
             closed = sum(min(max(found, 0), _MOST) for found in asked.found.values() if isinstance(found, int))
-            silent = [{"slot": one.slot, "pid": one.pid} for one in asked.missing()]
-            return {"ok": True, "closed": closed, "silent": silent}
+            return {"ok": True, "closed": closed, "silent": _named(asked.missing())}
 
         self._waiting.append((reply, outcome))
 
@@ -184,6 +200,10 @@ class Requests:
             return {"ok": True, "workers": wanted} if state.settled() else None
 
         self._waiting.append((reply, outcome))
+
+
+def _named(workers: Iterable[Worker]) -> list[Message]:
+    return [{"slot": one.slot, "pid": one.pid} for one in workers]
 
 
 def _kill_question(message: Message) -> Message:

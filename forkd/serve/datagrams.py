@@ -21,6 +21,7 @@ from forkd.serve.datagram_admission import DatagramAdmission
 from forkd.serve.handlers.datagram import DatagramServer
 from forkd.serve.handlers.load import Handler
 from forkd.serve.loop import IN, IN_EXCLUSIVE, PollLoop
+from forkd.serve.recent import Recent
 from forkd.system.bound import BoundListener
 from forkd.system.counts import Ledger
 from forkd.system.scoreboard import Row
@@ -82,6 +83,10 @@ class Datagrams:
         """At each heartbeat."""
         for transport in self._transports:
             transport.beat()
+
+    def recent(self) -> list[tuple[str, list[Recent]]]:
+        """The latest peers of each socket, with the listener's name."""
+        return [(transport.about()["listener"], transport.recent()) for transport in self._transports]
 
     def _lost(self, transport: DatagramTransport) -> None:
         if transport not in self._transports:  # in its very beginning

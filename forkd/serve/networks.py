@@ -34,6 +34,14 @@ def origin(peer: Any) -> bytes:
     return address if len(address) == 4 else address[:_V6_PREFIX]
 
 
+def shown(peer: Any) -> str:
+    """A peer as people read it: HOST:PORT, an IPv6 host in brackets; what unix(7) has instead."""
+    if isinstance(peer, tuple):
+        host, port = peer[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return str(peer or "unix")
+
+
 class Networks:
     """Some networks.
 

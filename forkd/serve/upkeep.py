@@ -15,6 +15,7 @@ from typing import Any
 from forkd.ended import Ended, WriteBufferFull
 from forkd.serve.deadlines import LOOKS, Sighting, explained, sighting_of
 from forkd.serve.loop import OUT
+from forkd.serve.networks import shown
 from forkd.serve.receiving import ReceivingHalf
 from forkd.serve.sending import is_vanished
 from forkd.system.logs import ACCESS
@@ -111,7 +112,7 @@ class Upkeep(ReceivingHalf):
         keeper, stamps = self._keeper, self._stamps
         info = read_tcp_info(self._sock) if stamps is None else None
         seconds = monotonic() - self._opened
-        fields: dict[str, Any] = {"client": _shown(self._peer), "listener": keeper.listener}
+        fields: dict[str, Any] = {"client": shown(self._peer), "listener": keeper.listener}
         fields |= {"seconds": round(seconds, 6), "reason": self._reason(error)}
         if info is not None:
             fields |= {"bytes_in": info.received, "bytes_out": info.sent, "rtt": info.rtt / 1e6}
@@ -120,10 +121,10 @@ class Upkeep(ReceivingHalf):
         words = (
             "%(client)s on %(listener)s: %(seconds).3f s, in %(bytes_in)s, out %(bytes_out)s, rtt %(rtt)s, %(reason)s"
         )
-        shown = {"bytes_in": "-", "bytes_out": "-", "rtt": "-"} | fields
+        told = {"bytes_in": "-", "bytes_out": "-", "rtt": "-"} | fields
         if info is not None:
-            shown["rtt"] = f"{info.rtt / 1000:.3f} ms"
-        access.info(words, shown, extra=fields)
+            told["rtt"] = f"{info.rtt / 1000:.3f} ms"
+        access.info(words, told, extra=fields)
 
     def _reason(self, error: BaseException | None) -> str:
         if isinstance(error, Ended):
@@ -133,11 +134,3 @@ class Upkeep(ReceivingHalf):
         if is_vanished(error):
             return "vanished"
         return "reset" if isinstance(error, ConnectionError) else "error"
-
-
-def _shown(peer: Any) -> str:
-    """A peer as the access log has it: HOST:PORT, an IPv6 host in brackets; what unix(7) has instead."""
-    if isinstance(peer, tuple):
-        host, port = peer[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return str(peer or "unix")

@@ -23,7 +23,7 @@ from forkd import drain, signals
 from forkd.config.options import Settings
 from forkd.errors import ForkdError, HandlerError
 from forkd.serve.accept import Acceptor, Serve, Tally
-from forkd.serve.answers import answer
+from forkd.serve.answers import Served, answer
 from forkd.serve.balance import BEAT, Balance
 from forkd.serve.datagrams import Datagrams
 from forkd.serve.deadlines import Deadlines
@@ -240,7 +240,7 @@ class Worker:
         for message in messages:
             if message.get("order") == "log" and channel.descriptors:
                 replace_log(channel.descriptors.pop(0))
-            elif (found := answer(self._loop, message)) is not None:
+            elif (found := answer(Served(self._loop, self._datagrams), message)) is not None:
                 with contextlib.suppress(ChannelClosed):  # as in `_look_for_wear`
                     channel.send(found)
             else:
