@@ -331,6 +331,15 @@ def test_a_multicast_group_is_joined_and_one_worker_serves_it(harness: Harness) 
         sock.settimeout(0.2)
         with pytest.raises(TimeoutError):  # none is answered twice
             sock.recv(100)
+        file.write_text(file.read_text().replace("239.255.77.7", "239.255.77.8"))
+        assert daemon.command("reload").returncode == 0
+        sock.sendto(b"left", ("239.255.77.7", port))
+        sock.sendto(b"joined", ("239.255.77.8", port))
+        sock.settimeout(20)
+        assert sock.recv(100).split()[1] == b"joined"
+        sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            sock.recv(100)
 
 
 def test_dig_is_answered_by_a_dns_server_of_somebody_elses_library(harness: Harness) -> None:

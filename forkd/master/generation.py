@@ -46,9 +46,10 @@ class Generation:
         for bound in self.lacking(other):
             bound.fall_silent()
             bound.remove()
+        before = {sock.fileno(): bound.listener for bound in self.bound for sock in bound.sockets}
         for bound in other.bound:
             try:
-                update_listener(bound)
+                update_listener(bound, before.get(bound.sockets[0].fileno()))
             except (OSError, ForkdError) as error:
                 log.warning("%s can't follow its new settings: %s", bound.address, error)
 

@@ -11,9 +11,10 @@ from then on goes to the others, while what lies in its queue can be read. There
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from forkd.config.address import Address
 from forkd.config.listener import Listener
@@ -106,9 +107,36 @@ def _socket(family: int) -> socket.socket:
     return sock
 
 
+def follow_groups(sockets: Sequence[socket.socket], before: Collection[str], listener: Listener) -> None:
+    """Joins the multicast groups of a listener's settings, and leaves those of the settings before that are none now.
+
+    Args:
+        sockets: of the listener, slot by slot.
+        before: the groups until now.
+        listener: its settings.
+
+    Raises:
+        ForkdError: one can't be joined.
+    """
+    for group in listener.multicast:
+        _join(sockets, group, listener.address)
+    for group in set(before) - set(listener.multicast):
+        with contextlib.suppress(ForkdError, OSError):  # the interface may be gone, and the membership with it
+            _change_membership(sockets, group, listener.address, socket.IPV6_LEAVE_GROUP, socket.IP_DROP_MEMBERSHIP)
+
+
 def _join(sockets: Sequence[socket.socket], group: str, address: Address) -> None:
-    """Joins a multicast group with the first socket of its family: the kernel gives what comes to it to every socket
-    that has joined, and one worker is to serve it.
+    """Joins a multicast group, unless it has joined already."""
+    try:
+        _change_membership(sockets, group, address, socket.IPV6_JOIN_GROUP, socket.IP_ADD_MEMBERSHIP)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise ForkdError(f"can't join {group} at {address}: {error.strerror}") from None
+
+
+def _change_membership(sockets: Sequence[socket.socket], group: str, address: Address, v6: int, v4: int) -> None:
+    """Has the first socket of its family join or leave a group: the kernel gives what comes to it to every socket that
+    has joined, and one worker is to serve it.
     """
     host, _, interface = group.partition("%")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -120,10 +148,7 @@ def _join(sockets: Sequence[socket.socket], group: str, address: Address) -> Non
     except OSError:
         raise ForkdError(f"can't join {group} at {address}: there is no network interface {interface}") from None
     packed = socket.inet_pton(family, host)
-    try:
-        if family == socket.AF_INET6:  # ipv6_mreq: group, interface
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, packed + struct.pack("=I", index))
-        else:  # ip_mreqn: group, local address, interface
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, packed + bytes(4) + struct.pack("=i", index))
-    except OSError as error:
-        raise ForkdError(f"can't join {group} at {address}: {error.strerror}") from None
+    if family == socket.AF_INET6:  # ipv6_mreq: group, interface
+        sock.setsockopt(socket.IPPROTO_IPV6, v6, packed + struct.pack("=I", index))
+    else:  # ip_mreqn: group, local address, interface
+        sock.setsockopt(socket.IPPROTO_IP, v4, packed + bytes(4) + struct.pack("=i", index))

@@ -19,7 +19,7 @@ from forkd.config.listener import Listener
 from forkd.errors import ForkdError
 from forkd.system.accounts import find_group, find_user
 from forkd.system.bound import BoundListener
-from forkd.system.datagrams import bind_group
+from forkd.system.datagrams import bind_group, follow_groups
 from forkd.system.holders import explained, in_use
 from forkd.system.inherited import adopt_listeners
 from forkd.system.paths import current_umask, inode_of, is_free, take_path
@@ -87,14 +87,20 @@ def match_listeners(listeners: Sequence[Listener], held: Iterable[BoundListener]
     return found
 
 
-def update_listener(bound: BoundListener) -> None:
-    """Has a listener that was kept follow its new settings: backlog, options of its connections, and a path's mode and
-    owner. Raises OSError or ForkdError.
+def update_listener(bound: BoundListener, before: Listener | None = None) -> None:
+    """Has a listener that was kept follow its new settings: backlog, options of its connections, multicast groups, and
+    a path's mode and owner. Raises OSError or ForkdError.
+
+    Args:
+        bound: the listener.
+        before: its settings until now, where they are known.
     """
     for sock in bound.sockets:
         tune(sock, bound.listener)
         if bound.listener.address.scheme in ("tcp", "unix"):
             sock.listen(bound.listener.backlog)
+    if bound.listener.address.scheme == "udp":
+        follow_groups(bound.sockets, before.multicast if before is not None else (), bound.listener)
     if bound.inode is not None:
         _give(bound.listener, bound.inode)  # where there is no mode it stays as the umask of the start made it
 
