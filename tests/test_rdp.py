@@ -6,6 +6,7 @@ import asyncio
 import gc
 import hashlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from time import monotonic
 
 import pytest
 from handlers.reliable import TIMERS
+from harness import Daemon, Harness, forkd
 
 from forkd.rdp import AsyncRdpClient, Busy, Failed, GaveUp, Limits, RdpClient, ReliableDatagram, Timers, TooLarge
 from forkd.rdp.packets import AHEAD, PART, REQUEST, Data, encode
@@ -46,11 +48,15 @@ def program(*arguments: object) -> Iterator[tuple[int, list[str]]]:
 
 
 @pytest.fixture
-def server() -> Iterator[int]:
-    """The port of a server of `handlers.reliable:service`; nothing is known here of what serves it."""
-    with program(HERE / "handlers" / "reliable.py") as (port, rest):
-        yield port
-    assert [line for line in rest if "as it was asked to" not in line] == []
+def daemon(harness: Harness) -> Daemon:
+    """One that serves `handlers.reliable:service`, by one worker, which counts."""
+    return harness.daemon(target="reliable:service", listen=("udp://127.0.0.1:0",), workers=1).start()
+
+
+@pytest.fixture
+def server(daemon: Daemon) -> int:
+    """Its port."""
+    return int(daemon.address.rpartition(":")[2])
 
 
 @pytest.fixture
@@ -95,10 +101,10 @@ async def many(port: int, number: int, *, clients: int = 8, at_once: int = 160) 
     return given_up
 
 
-def test_ten_thousand_requests_over_a_bad_path_are_answered_or_given_up_and_run_at_most_once(
-    server: int, relay: int
+@pytest.mark.parametrize("number", [2_000, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_requests_over_a_bad_path_are_answered_or_given_up_and_run_at_most_once(
+    server: int, relay: int, number: int
 ) -> None:
-    number = 10_000
     given_up = asyncio.run(many(relay, number))
     assert len(given_up) <= number / 100
     assert max(given_up, default=0) < TIMERS.bound + 5
@@ -132,7 +138,8 @@ def test_payloads_of_every_size_by_both_clients(server: int, payload: bytes) -> 
     assert counts(server) == (3, 1)
 
 
-def test_a_handler_that_fails_is_told_at_once(server: int) -> None:
+def test_a_handler_that_fails_is_told_at_once(server: int, daemon: Daemon) -> None:
+    daemon.expect("as it was asked to")
     with RdpClient("127.0.0.1", server, timers=PATIENT) as client, pytest.raises(Failed, match="handler failed"):
         client.request(b"fail")
     assert counts(server) == (1, 1)
@@ -272,3 +279,28 @@ def test_a_repeated_answer_is_acknowledged_again_by_the_next_request_and_by_the_
             taken = played.recv(2048)
             played.sendto(answer, peer)
         assert played.recv(2048) == taken
+
+
+def test_the_command_line_makes_reliable_requests(server: int, daemon: Daemon) -> None:
+    done = forkd("call", f"udp://127.0.0.1:{server}", "hello", "--rdp", "--hex", cwd=daemon.directory)
+    assert done.returncode == 64  # hello is no hexadecimal number
+    payload = b"hello".hex()
+    done = forkd("call", f"udp://127.0.0.1:{server}", payload, "--rdp", "--hex", cwd=daemon.directory)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert right(b"hello", bytes.fromhex(done.stdout.strip()))
+    daemon.expect("as it was asked to")
+    done = forkd("call", f"udp://127.0.0.1:{server}", "fail", "--rdp", cwd=daemon.directory)
+    assert done.returncode == 1
+    assert "its handler failed" in done.stderr
+
+
+def test_the_command_line_gives_up_on_who_does_not_answer(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"udp://127.0.0.1:{nobody.getsockname()[1]}"
+        done = forkd("call", address, "hello", "--rdp", "--timeout", "50ms", "--retries", "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"forkd: gave up on {address} after 3 tries in 0\.[3-9] s: no answer\n", done.stderr)
+    done = forkd("call", address, "hello", "--rdp", "--retries", "99", cwd=tmp_path)
+    assert done.returncode == 64
+    assert "max_retransmit is to be from 0 to 30" in done.stderr

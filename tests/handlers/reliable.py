@@ -1,11 +1,10 @@
-"""Reliable requests whose handler counts how often it ran for each; as a program, served by asyncio on a free port."""
+"""Reliable requests whose handler counts how often it ran for each."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
-import sys
 from collections import Counter
 
 from forkd.rdp import ReliableDatagram, Timers, request_id
@@ -29,16 +28,3 @@ async def handle(payload: bytes, peer: object) -> bytes:
 
 def service() -> ReliableDatagram:
     return ReliableDatagram(handle, timers=TIMERS)
-
-
-async def main() -> None:
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _loop, context: print(context["message"], repr(context.get("exception"))))
-    transport, _ = await loop.create_datagram_endpoint(service, local_addr=("127.0.0.1", 0))
-    print(transport.get_extra_info("sockname")[1], flush=True)
-    await loop.run_in_executor(None, sys.stdin.read)  # until the test closes it
-    transport.close()
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
