@@ -98,7 +98,9 @@ def test_a_client_that_never_reads_is_closed_also_after_its_handler_has_closed(
 
 
 def test_a_client_that_reads_slowly_is_not_closed(harness: Harness) -> None:
-    daemon = start(harness, "Parting", "timeouts.write=1s", "socket.send_buffer=64KiB")
+    # Its handler has closed, so that neither a first byte nor a sign of life is waited for.
+    silence = ("timeouts.first_byte=500ms", "keepalive.heartbeat=500ms")
+    daemon = start(harness, "Parting", "timeouts.write=1s", *silence, "socket.send_buffer=64KiB")
     client = harness.connect(daemon)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     got, began = 0, time.monotonic()
@@ -156,6 +158,24 @@ def test_a_protocol_without_a_heartbeat_is_left_alone(harness: Harness) -> None:
     client = harness.connect(daemon)
     assert not select.select([client], [], [], 0.8)[0]
     assert echoes(client)
+
+
+def test_a_protocol_that_takes_over_is_asked_where_the_one_before_it_could_not_be(harness: Harness) -> None:
+    daemon = start(harness, "Handing", "keepalive.heartbeat=100ms", "timeouts.first_byte=off", "timeouts.idle=off")
+    client = harness.connect(daemon)
+    assert not select.select([client], [], [], 0.5)[0]
+    client.sendall(b"x")
+    assert read(client, 1) == b"?"
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_client_that_has_ended_its_side_is_not_expected_to_speak(harness: Harness, address: str) -> None:
+    silence = ("timeouts.first_byte=200ms", "keepalive.heartbeat=200ms")
+    daemon = start(harness, "Staying", *silence, "timeouts.idle=10s", address=address)
+    client = harness.connect(daemon)
+    client.shutdown(socket.SHUT_WR)
+    assert not select.select([client], [], [], 1.0)[0]
+    assert ended(daemon) == {}
 
 
 def test_a_heartbeat_that_raises_ends_its_connection(harness: Harness) -> None:

@@ -159,15 +159,16 @@ class Patience:
         deadlines: as the argument.
         first: seconds from a connection's beginning to the first look at it; 0: none is needed.
         write: `timeouts.write`.
+        beat: `keepalive.heartbeat`.
     """
 
     def __init__(self, listener: Listener, deadlines: Deadlines) -> None:
         self.deadlines = deadlines
         timeouts = listener.timeouts
         self._first_byte, self._idle, self._lifetime = timeouts.first_byte, timeouts.idle, timeouts.lifetime
-        self._beat = listener.keepalive.heartbeat
+        self.beat = listener.keepalive.heartbeat
         self.write = timeouts.write
-        spans = (self._first_byte, self._idle, self._lifetime, self._beat)
+        spans = (self._first_byte, self._idle, self._lifetime, self.beat)
         self.first = min(filter(None, spans), default=0.0)
 
     def end(self, seen: Sighting) -> tuple[float, type[Ended]]:
@@ -181,13 +182,13 @@ class Patience:
             ends.append((seen.opened + self._first_byte, FirstByteTimeout))
         elif self._idle:
             ends.append((max(seen.heard, seen.told) + self._idle, IdleTimeout))
-        if self._beat and not _answered(seen):  # however late it was asked, it has an interval for its answer
-            ends.append((seen.asked + self._beat, HeartbeatLost))
+        if self.beat and not _answered(seen):  # however late it was asked, it has an interval for its answer
+            ends.append((seen.asked + self.beat, HeartbeatLost))
         return min(ends, key=lambda end: end[0])
 
     def heartbeat(self, seen: Sighting) -> float:
         """When the protocol's `heartbeat()` is to be called unless something comes; inf: not before that."""
-        return seen.heard + self._beat if self._beat and _answered(seen) else inf
+        return seen.heard + self.beat if self.beat and _answered(seen) else inf
 
 
 def _answered(seen: Sighting) -> bool:

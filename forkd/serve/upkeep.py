@@ -54,9 +54,11 @@ class Upkeep(ReceivingHalf):
         if self._conn_lost or patience is None:
             return 0.0
         seen = self._see(now)
-        if now >= (ask := patience.heartbeat(seen)):
+        if self._closing or self._kept_open is not None:  # nobody waits for a word of it any more
+            seen, ask = seen._replace(spoke=True, asked=0.0), inf
+        elif now >= (ask := patience.heartbeat(seen)):
             self._ask(now)
-            seen, ask = seen._replace(asked=self._asked), inf
+            seen, ask = seen._replace(asked=self._asked), now + patience.beat
             if self._conn_lost:
                 return 0.0
         when, kind = patience.end(seen)
@@ -89,12 +91,13 @@ class Upkeep(ReceivingHalf):
         return self._stuck
 
     def _ask(self, now: float) -> None:
-        """Calls the protocol's `heartbeat()`; where it has none, nobody is asked and nothing is missed."""
-        protocol = self._inner_protocol()
-        heartbeat = getattr(protocol, "heartbeat", None)
-        self._asked = now if callable(heartbeat) else inf
+        """Calls the protocol's `heartbeat()`; where it has none, nobody is asked and nothing is missed. The next one in
+        charge may have one.
+        """
+        heartbeat = getattr(self._inner_protocol(), "heartbeat", None)
         if not callable(heartbeat):
             return
+        self._asked = now
         try:
             self._context.run(heartbeat)
         except (SystemExit, KeyboardInterrupt):

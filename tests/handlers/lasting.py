@@ -35,6 +35,22 @@ class Asking(Echo):
         self.transport.write(b"?")
 
 
+class Staying(Asking):
+    """Keeps its side open when its client has ended the other."""
+
+    def eof_received(self) -> bool:
+        return True
+
+
+class Handing(Echo):
+    """Hands its client to a protocol that asks, at the first byte."""
+
+    def data_received(self, data: bytes) -> None:
+        successor = Asking()
+        successor.connection_made(self.transport)
+        self.transport.set_protocol(successor)
+
+
 class Failing(Echo):
     """Raises instead."""
 
@@ -69,6 +85,9 @@ class Parting(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         transport.write(bytes(64 << 20))
         transport.close()
+
+    def heartbeat(self) -> None:
+        raise AssertionError("it is asked after it was closed")
 
     def connection_lost(self, error: Exception | None) -> None:
         log.info("lost by %s: %s", type(error).__name__, error)
