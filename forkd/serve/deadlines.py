@@ -29,7 +29,7 @@ LOOKS = 4
 #: Seconds by which the kernel's times may be off: it reckons in ticks, the longest of which are of a hundredth.
 _TICK = 0.02
 
-#: Entries of connections that are gone, beyond as many as there are of others, at which they are thrown away.
+#: Entries that are of no use, beyond as many as there are others, at which they are thrown away.
 _WASTE = 256
 
 
@@ -72,6 +72,8 @@ class Deadlines:
         else:
             self._live += 1
         one.due = when
+        if len(self._heap) > 2 * self._live + _WASTE:
+            self._clear_out()
         heappush(self._heap, (when, one))
         if when < self._timer_at and not self._working:
             self._set_timer(when)
@@ -83,8 +85,12 @@ class Deadlines:
         one.due = 0.0
         self._live -= 1
         if len(self._heap) > 2 * self._live + _WASTE:
-            self._heap = [entry for entry in self._heap if entry[0] == entry[1].due]
-            heapify(self._heap)
+            self._clear_out()
+
+    def _clear_out(self) -> None:
+        """Throws away what is of no use; also all but one entry of those that want the same time again and again."""
+        self._heap = list({id(entry[1]): entry for entry in self._heap if entry[0] == entry[1].due}.values())
+        heapify(self._heap)
 
     def _set_timer(self, when: float) -> None:
         if self._timer is not None:
