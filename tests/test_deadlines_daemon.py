@@ -9,11 +9,13 @@ import json
 import re
 import select
 import socket
+import ssl
 import time
 from typing import Any
 
 import pytest
 from clients import at_end, echoes, read
+from contract import anonymous
 from harness import Daemon, Harness
 from processes import eventually
 
@@ -176,6 +178,14 @@ def test_a_client_that_has_ended_its_side_is_not_expected_to_speak(harness: Harn
     client.shutdown(socket.SHUT_WR)
     assert not select.select([client], [], [], 1.0)[0]
     assert ended(daemon) == {}
+
+
+def test_a_protocol_is_asked_when_the_handshake_of_tls_is_done(harness: Harness) -> None:
+    daemon = start(harness, "Securing", "keepalive.heartbeat=100ms", "timeouts.first_byte=off")
+    client = harness.connect(daemon)
+    assert not select.select([client], [], [], 0.5)[0]
+    with anonymous(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(client) as over_tls:
+        assert over_tls.recv(1) == b"?"
 
 
 def test_a_heartbeat_that_raises_ends_its_connection(harness: Harness) -> None:

@@ -106,8 +106,12 @@ class Upkeep(ReceivingHalf):
             self._handler_failed(error, "protocol.heartbeat() call failed.")
 
     def _inner_protocol(self) -> Any:
-        """The handler's protocol, also of a connection that has gone over to TLS (loop.start_tls)."""
-        return getattr(self._protocol, "_app_protocol", self._protocol)
+        """The handler's protocol, also of a connection that has gone over to TLS (loop.start_tls). Until the handshake
+        is done that one is not connected, and asyncio's is in charge.
+        """
+        protocol: Any = self._protocol
+        inner, told = (getattr(protocol, name, None) for name in ("_app_protocol", "_get_extra_info"))
+        return protocol if inner is None or told is None or told("ssl_object") is None else inner
 
     def _record(self, error: BaseException | None) -> None:
         """Writes the access log's record of a connection that ends by this error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 
 log = logging.getLogger("lasting")
 
@@ -49,6 +50,24 @@ class Handing(Echo):
         successor = Asking()
         successor.connection_made(self.transport)
         self.transport.set_protocol(successor)
+
+
+class Securing(asyncio.Protocol):
+    """Goes over to TLS at once, then asks. It has no certificate, so it takes old suites that need none."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers("aNULL:@SECLEVEL=0")
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        loop, inner = asyncio.get_running_loop(), Asking()
+
+        async def secure() -> None:
+            over_tls = await loop.start_tls(transport, inner, context, server_side=True)
+            assert over_tls is not None
+            inner.connection_made(over_tls)
+
+        self.task = loop.create_task(secure())
 
 
 class Failing(Echo):
