@@ -158,6 +158,18 @@ def test_those_that_are_gone_take_no_memory_for_long(clock: Clock) -> None:
     assert all(len(one.looks) == 1 for one in stay)
 
 
+@pytest.mark.parametrize("idle", [0.0, 1000.0])
+def test_one_that_stalls_again_and_again_takes_no_memory_for_long(clock: Clock, idle: float) -> None:
+    heap = heap_of(clock)
+    one = One(clock, *(9000.0 + number * idle for number in range(2000)))
+    heap.watch(one, 9000.0)
+    for number in range(2000):  # a look is due sooner while it stalls
+        heap.watch(one, 1001.0 + number)
+        clock.run(1001.5 + number)
+    assert len(one.looks) == 2000
+    assert len(heap._heap) < 1000
+
+
 @given(data=st.data())
 def test_whatever_is_watched_and_forgotten_the_right_ones_are_looked_at(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:

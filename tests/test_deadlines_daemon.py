@@ -9,11 +9,13 @@ import json
 import re
 import select
 import socket
+import ssl
 import time
 from typing import Any
 
 import pytest
 from clients import at_end, echoes, read
+from contract import anonymous
 from harness import Daemon, Harness
 from processes import eventually
 
@@ -98,7 +100,9 @@ def test_a_client_that_never_reads_is_closed_also_after_its_handler_has_closed(
 
 
 def test_a_client_that_reads_slowly_is_not_closed(harness: Harness) -> None:
-    daemon = start(harness, "Parting", "timeouts.write=600ms", "socket.send_buffer=64KiB")
+    # Its handler has closed, so that neither a first byte nor a sign of life is waited for.
+    silence = ("timeouts.first_byte=500ms", "keepalive.heartbeat=500ms")
+    daemon = start(harness, "Parting", "timeouts.write=600ms", *silence, "socket.send_buffer=64KiB")
     client = harness.connect(daemon)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     got, began = 0, time.monotonic()
@@ -158,11 +162,49 @@ def test_a_protocol_without_a_heartbeat_is_left_alone(harness: Harness) -> None:
     assert echoes(client)
 
 
+def test_a_protocol_that_takes_over_is_asked_where_the_one_before_it_could_not_be(harness: Harness) -> None:
+    daemon = start(harness, "Handing", "keepalive.heartbeat=100ms", "timeouts.first_byte=off", "timeouts.idle=off")
+    client = harness.connect(daemon)
+    assert not select.select([client], [], [], 0.5)[0]
+    client.sendall(b"x")
+    assert read(client, 1) == b"?"
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_client_that_has_ended_its_side_is_not_expected_to_speak(harness: Harness, address: str) -> None:
+    silence = ("timeouts.first_byte=200ms", "keepalive.heartbeat=200ms")
+    daemon = start(harness, "Staying", *silence, "timeouts.idle=10s", address=address)
+    client = harness.connect(daemon)
+    client.shutdown(socket.SHUT_WR)
+    assert not select.select([client], [], [], 1.0)[0]
+    assert ended(daemon) == {}
+
+
+def test_a_protocol_is_asked_when_the_handshake_of_tls_is_done(harness: Harness) -> None:
+    daemon = start(harness, "Securing", "keepalive.heartbeat=100ms", "timeouts.first_byte=off")
+    client = harness.connect(daemon)
+    assert not select.select([client], [], [], 0.5)[0]
+    with anonymous(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(client) as over_tls:
+        assert over_tls.recv(1) == b"?"
+
+
 def test_a_heartbeat_that_raises_ends_its_connection(harness: Harness) -> None:
     daemon = start(harness, "Failing", "keepalive.heartbeat=100ms")
     daemon.expect(r"(?s)ERROR tested worker.*heartbeat\(\) call failed.*no heart")
     assert at_end(harness.connect(daemon))
     eventually(lambda: sum(worker["errors"] for worker in daemon.status()["workers"]) == 1)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_client_that_speaks_is_alive_also_while_its_handler_does_not_read(harness: Harness, address: str) -> None:
+    daemon = start(harness, "Deaf", "keepalive.heartbeat=300ms", "timeouts.first_byte=off", address=address)
+    client = harness.connect(daemon)
+    until = time.monotonic() + 1.2
+    while (left := until - time.monotonic()) > 0:
+        if select.select([client], [], [], left)[0]:
+            assert client.recv(1) == b"?"
+            client.sendall(b"!")
+    assert ended(daemon) == {}
 
 
 # The access log

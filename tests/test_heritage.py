@@ -148,6 +148,7 @@ def test_a_worker_is_known_and_heard_as_before(estate: Estate) -> None:
     one.life, one.killed_as, one.heard, one.worn = Life.KILLED, Life.DRAINING, True, "it is old"
     one.cause, one.unfinished, one.since = "it did not end", "half a li", 8.25
     one.words.extend(["first", "ü\n"])
+    one.owes |= {1 << 62, 7}
     after = read_copy(estate.heritage)
     found = after.workers[0]
     assert replace(found, row=one.row, channel=one.channel) == one

@@ -72,7 +72,8 @@ def _call_reliably(
         with RdpClient(host, port, timeout=timeout, retries=retries, timers=Timers(patience=total)) as client:
             return client.request(request)
     except GaveUp as error:
-        _give_up(place, error.tries, error.seconds, "no answer")
+        why = "nobody listens there" if error.unreachable else "no answer"
+        _give_up(place, error.tries, error.seconds, why)
     except ValueError as error:
         raise UsageError(f"--rdp: {error}") from None
     except OSError as error:

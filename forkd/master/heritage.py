@@ -189,6 +189,7 @@ def _worker_plain(worker: Worker) -> dict[str, Any]:
         "killed_as": worker.killed_as and worker.killed_as.value,
         "failure": worker.failure and [str(worker.failure), worker.failure.details],
         "words": list(worker.words),
+        "owes": sorted(worker.owes),
     }
 
 
@@ -201,4 +202,5 @@ def _worker_of(plain: dict[str, Any], board: Scoreboard) -> Worker:
         killed_as=None if plain["killed_as"] is None else Life(plain["killed_as"]),
         failure=None if plain["failure"] is None else BootError(*plain["failure"]),
         words=deque(plain["words"], maxlen=LAST_WORDS),
+        owes=set(plain["owes"]),
     )

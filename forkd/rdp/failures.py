@@ -17,6 +17,7 @@ class GaveUp(RdpError):
     Attributes:
         tries: how often the request, or the question where its answer is, was sent since something was last heard.
         seconds: how long the request took altogether.
+        unreachable: whether the server's host has said that nothing listens there, which anybody can forge.
     """
 
     def __init__(self, where: str, tries: int, seconds: float, *, unreachable: bool = False) -> None:
@@ -25,6 +26,7 @@ class GaveUp(RdpError):
         super().__init__(f"no answer from {where} after {times} in {seconds:.1f} s{hint}")
         self.tries = tries
         self.seconds = seconds
+        self.unreachable = unreachable
 
 
 class Failed(RdpError):

@@ -29,7 +29,7 @@ LOOKS = 4
 #: Seconds by which the kernel's times may be off: it reckons in ticks, the longest of which are of a hundredth.
 _TICK = 0.02
 
-#: Entries of connections that are gone, beyond as many as there are of others, at which they are thrown away.
+#: Entries that are of no use, beyond as many as there are others, at which they are thrown away.
 _WASTE = 256
 
 
@@ -72,6 +72,8 @@ class Deadlines:
         else:
             self._live += 1
         one.due = when
+        if len(self._heap) > 2 * self._live + _WASTE:
+            self._clear_out()
         heappush(self._heap, (when, one))
         if when < self._timer_at and not self._working:
             self._set_timer(when)
@@ -83,8 +85,12 @@ class Deadlines:
         one.due = 0.0
         self._live -= 1
         if len(self._heap) > 2 * self._live + _WASTE:
-            self._heap = [entry for entry in self._heap if entry[0] == entry[1].due]
-            heapify(self._heap)
+            self._clear_out()
+
+    def _clear_out(self) -> None:
+        """Throws away what is of no use; also all but one entry of those that want the same time again and again."""
+        self._heap = list({id(entry[1]): entry for entry in self._heap if entry[0] == entry[1].due}.values())
+        heapify(self._heap)
 
     def _set_timer(self, when: float) -> None:
         if self._timer is not None:
@@ -159,15 +165,16 @@ class Patience:
         deadlines: as the argument.
         first: seconds from a connection's beginning to the first look at it; 0: none is needed.
         write: `timeouts.write`.
+        beat: `keepalive.heartbeat`.
     """
 
     def __init__(self, listener: Listener, deadlines: Deadlines) -> None:
         self.deadlines = deadlines
         timeouts = listener.timeouts
         self._first_byte, self._idle, self._lifetime = timeouts.first_byte, timeouts.idle, timeouts.lifetime
-        self._beat = listener.keepalive.heartbeat
+        self.beat = listener.keepalive.heartbeat
         self.write = timeouts.write
-        spans = (self._first_byte, self._idle, self._lifetime, self._beat)
+        spans = (self._first_byte, self._idle, self._lifetime, self.beat)
         self.first = min(filter(None, spans), default=0.0)
 
     def end(self, seen: Sighting) -> tuple[float, type[Ended]]:
@@ -181,13 +188,13 @@ class Patience:
             ends.append((seen.opened + self._first_byte, FirstByteTimeout))
         elif self._idle:
             ends.append((max(seen.heard, seen.told) + self._idle, IdleTimeout))
-        if self._beat and not _answered(seen):  # however late it was asked, it has an interval for its answer
-            ends.append((seen.asked + self._beat, HeartbeatLost))
+        if self.beat and not _answered(seen):  # however late it was asked, it has an interval for its answer
+            ends.append((seen.asked + self.beat, HeartbeatLost))
         return min(ends, key=lambda end: end[0])
 
     def heartbeat(self, seen: Sighting) -> float:
         """When the protocol's `heartbeat()` is to be called unless something comes; inf: not before that."""
-        return seen.heard + self._beat if self._beat and _answered(seen) else inf
+        return seen.heard + self.beat if self.beat and _answered(seen) else inf
 
 
 def _answered(seen: Sighting) -> bool:

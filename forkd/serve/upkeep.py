@@ -55,9 +55,11 @@ class Upkeep(ReceivingHalf):
         if self._conn_lost or patience is None:
             return 0.0
         seen = self._see(now)
-        if now >= (ask := patience.heartbeat(seen)):
+        if self._closing or self._kept_open is not None:  # nobody waits for a word of it any more
+            seen, ask = seen._replace(spoke=True, asked=0.0), inf
+        elif now >= (ask := patience.heartbeat(seen)):
             self._ask(now)
-            seen, ask = seen._replace(asked=self._asked), inf
+            seen, ask = seen._replace(asked=self._asked), now + patience.beat
             if self._conn_lost:
                 return 0.0
         when, kind = patience.end(seen)
@@ -71,7 +73,9 @@ class Upkeep(ReceivingHalf):
         stuck = self._stall(now) if self._interest & OUT else 0.0
         if self._stamps is not None:
             stamps = self._stamps
-            return Sighting(self._opened, stamps.bytes_in > 0, stamps.heard, stamps.told, stuck, self._asked)
+            # Of what the handler does not read yet nobody knows since when it is there.
+            heard = now if self._paused and not self._nothing_unread() else stamps.heard
+            return Sighting(self._opened, stamps.bytes_in > 0, heard, stamps.told, stuck, self._asked)
         info = read_tcp_info(self._sock)
         if info is None:  # it has gone in this moment, as the next event will tell
             return Sighting(self._opened, True, now, now, stuck, self._asked)
@@ -90,12 +94,13 @@ class Upkeep(ReceivingHalf):
         return self._stuck
 
     def _ask(self, now: float) -> None:
-        """Calls the protocol's `heartbeat()`; where it has none, nobody is asked and nothing is missed."""
-        protocol = self._inner_protocol()
-        heartbeat = getattr(protocol, "heartbeat", None)
-        self._asked = now if callable(heartbeat) else inf
+        """Calls the protocol's `heartbeat()`; where it has none, nobody is asked and nothing is missed. The next one in
+        charge may have one.
+        """
+        heartbeat = getattr(self._inner_protocol(), "heartbeat", None)
         if not callable(heartbeat):
             return
+        self._asked = now
         try:
             self._context.run(heartbeat)
         except (SystemExit, KeyboardInterrupt):
@@ -104,8 +109,12 @@ class Upkeep(ReceivingHalf):
             self._handler_failed(error, "protocol.heartbeat() call failed.")
 
     def _inner_protocol(self) -> Any:
-        """The handler's protocol, also of a connection that has gone over to TLS (loop.start_tls)."""
-        return getattr(self._protocol, "_app_protocol", self._protocol)
+        """The handler's protocol, also of a connection that has gone over to TLS (loop.start_tls). Until the handshake
+        is done that one is not connected, and asyncio's is in charge.
+        """
+        protocol: Any = self._protocol
+        inner, told = (getattr(protocol, name, None) for name in ("_app_protocol", "_get_extra_info"))
+        return protocol if inner is None or told is None or told("ssl_object") is None else inner
 
     def _record(self, error: BaseException | None) -> None:
         """Writes the access log's record of a connection that ends by this error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 
 log = logging.getLogger("lasting")
 
@@ -33,6 +34,48 @@ class Asking(Echo):
 
     def heartbeat(self) -> None:
         self.transport.write(b"?")
+
+
+class Staying(Asking):
+    """Keeps its side open when its client has ended the other."""
+
+    def eof_received(self) -> bool:
+        return True
+
+
+class Handing(Echo):
+    """Hands its client to a protocol that asks, at the first byte."""
+
+    def data_received(self, data: bytes) -> None:
+        successor = Asking()
+        successor.connection_made(self.transport)
+        self.transport.set_protocol(successor)
+
+
+class Securing(asyncio.Protocol):
+    """Goes over to TLS at once, then asks. It has no certificate, so it takes old suites that need none."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers("aNULL:@SECLEVEL=0")
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        loop, inner = asyncio.get_running_loop(), Asking()
+
+        async def secure() -> None:
+            over_tls = await loop.start_tls(transport, inner, context, server_side=True)
+            assert over_tls is not None
+            inner.connection_made(over_tls)
+
+        self.task = loop.create_task(secure())
+
+
+class Deaf(Asking):
+    """Asks, and reads nothing."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.pause_reading()
 
 
 class Failing(Echo):
@@ -69,6 +112,9 @@ class Parting(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         transport.write(bytes(64 << 20))
         transport.close()
+
+    def heartbeat(self) -> None:
+        raise AssertionError("it is asked after it was closed")
 
     def connection_lost(self, error: Exception | None) -> None:
         log.info("lost by %s: %s", type(error).__name__, error)
