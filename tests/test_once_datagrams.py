@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import select
 import signal
 import socket
 from collections.abc import Callable
@@ -106,3 +108,21 @@ def test_a_unix_socket_serves_its_first_sender_who_has_a_name(single: Make) -> N
         assert client.recv(100) == b"heard bye"
     assert one.status() == 0
     eventually(lambda: is_free(one.address), what="its end")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason", "error"),
+    [(("idle=400ms",), "idle", "IdleTimeout"), (("idle=off", "lifetime=700ms"), "lifetime", "LifetimeOver")],
+)
+def test_a_client_whose_time_is_over_is_ended(single: Make, settings: tuple[str, ...], reason: str, error: str) -> None:
+    options = [word for setting in settings for word in ("--set", f"listen.timeouts.{setting}")]
+    one = single("grams:Talk", *options, listen=UDP).start()
+    with datagram_client(one.address) as client:
+        for _ in range(5):
+            client.send(b"one")
+            assert client.recv(100) == b"heard one"
+            select.select([client], [], [], 0.1)
+        assert one.status() == 0
+    log = one.log.read_text()
+    assert re.search(rf"closed client 127.0.0.1:\d+ \({reason}\): it ", log)
+    assert f"lost by {error}" in log

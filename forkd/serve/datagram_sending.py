@@ -7,6 +7,7 @@ asyncio's own transport. The first lines of `sendto` are on the path of every an
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from asyncio import transports
 from collections import Counter, deque
@@ -14,10 +15,14 @@ from collections.abc import Callable
 from contextvars import Context
 from typing import Any, Protocol
 
+from forkd.ended import Ended
 from forkd.serve.loop import OUT, PollLoop
+from forkd.serve.networks import shown
 from forkd.serve.origins import Origins
 from forkd.serve.recent import MANY, RecentPeers
 from forkd.system.scoreboard import Field
+
+log = logging.getLogger("forkd.datagram")
 
 #: Bytes of unsent datagrams that are kept at most, each with so many for the keeping; what is beyond is dropped.
 MOST_UNSENT = 4 << 20
@@ -199,6 +204,15 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
 
     def abort(self) -> None:
         """Closes at once; what is unsent is lost."""
+        self._abort(None)
+
+    def end(self, error: Ended) -> None:
+        """Closes at once, of forkd's own accord: the log and the protocol are told why."""
+        if not self._conn_lost:
+            log.info("closed client %s (%s): %s", shown(self._peer), error.reason, error, extra=self.about())
+            self._abort(error)
+
+    def _abort(self, error: Ended | None) -> None:
         if self._conn_lost:
             return
         self._closing, self._direct = True, False
@@ -206,7 +220,7 @@ class DatagramSending(transports._FlowControlMixin, asyncio.DatagramTransport):
         self._unsent_bytes = 0
         self._watch(0)
         self._conn_lost += 1
-        self._loop.call_soon(self._connection_lost, None, context=self._context)
+        self._loop.call_soon(self._connection_lost, error, context=self._context)
 
     def _count(self) -> None:
         """Counts the datagrams that were noted since the last time, on the scoreboard too."""

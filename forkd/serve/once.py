@@ -25,6 +25,7 @@ from forkd.serve.ending import LAST_WORDS, clean_up, transports_of
 from forkd.serve.handlers.host import host
 from forkd.serve.handlers.load import Handler
 from forkd.serve.loop import PollLoop
+from forkd.serve.vigil import Vigil
 from forkd.system.process import set_title
 from forkd.system.scoreboard import Row
 
@@ -162,11 +163,13 @@ class OneClient:
     def _serve_datagrams(self, handler: Handler, sock: socket.socket, peer: Any) -> None:
         listener = self._settings.listen[0]
         try:
-            self._datagrams.serve_socket(sock, listener, handler, str(listener.address), peer=peer)
+            transport = self._datagrams.serve_socket(sock, listener, handler, str(listener.address), peer=peer)
         except Exception as error:  # noqa: BLE001 (the handler's border)
             sock.close()
             self._loop.call_exception_handler({"message": "The handler could not begin.", "exception": error})
             self._tally.closed()
+        else:
+            Vigil(transport, listener, self._loop)
 
     def _expired(self) -> None:
         self._late = True

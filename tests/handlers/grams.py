@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any
@@ -67,6 +68,9 @@ class Talk(asyncio.DatagramProtocol):
         self.transport.sendto(b"heard " + data)
         if data == b"bye":
             self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        logging.getLogger("grams").info("lost by %s", type(error).__name__)
 
 
 class Unmade(asyncio.DatagramProtocol):
