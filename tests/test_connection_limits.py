@@ -8,7 +8,7 @@ import os
 import signal
 
 import pytest
-from clients import at_end, dial, survives
+from clients import at_end, dial, echoes, survives
 from harness import Daemon, Harness
 from network import own_network
 from processes import eventually
@@ -67,6 +67,16 @@ def test_one_place_is_had_by_one_client_after_the_other(harness: Harness) -> Non
             assert sum(one["clients"] for one in daemon.status()["workers"]) == 1
             storm.leave(1)
         assert (storm.waiting, storm.refused) == (set(), [])
+
+
+def test_a_connection_that_acknowledges_at_once_gives_its_place_back_too(harness: Harness) -> None:
+    daemon = start(harness, 1, "{connections: 1, per_ip: 1}", ", socket: {quickack: true}")
+    for _ in range(3):
+        client = harness.connect(daemon)
+        assert echoes(client)
+        client.close()
+        wait_nobody(daemon)
+    assert refused(daemon) == {}
 
 
 def test_who_finds_no_place_is_refused_with_the_message_where_that_is_wanted(harness: Harness) -> None:

@@ -84,14 +84,22 @@ class QuickAckSocket(socket.socket):
     TCP_QUICKACK), and is asked again at each read.
     """
 
+    _source: socket.socket
+
     @classmethod
     def of(cls, sock: socket.socket) -> QuickAckSocket:
         """The same connection, taken over."""
         blocking = sock.getblocking()
         taken = cls(sock.family, sock.type, sock.proto, sock.detach())
+        taken._source = sock
         taken.setblocking(blocking)
         taken.acknowledge()
         return taken
+
+    def close(self) -> None:
+        """As a socket's, and that of the one it was: somebody may wait for its end, to count it."""
+        super().close()
+        self._source.close()
 
     def acknowledge(self) -> None:
         """Sends an acknowledgement that is due, and the next ones without delay."""
