@@ -108,7 +108,7 @@ def test_the_new_image_goes_on_with_a_reload_and_answers_who_waited(stage: Stage
 def test_a_helper_tries_the_image_or_prepares_the_reload(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Heritage] = []
     monkeypatch.setattr(change, "signal_when_parent_dies", lambda signum, parent: True)
-    monkeypatch.setattr(change, "try_image", lambda heritage: tried.append(heritage) or 11)
+    monkeypatch.setattr(upgrade, "try_image", lambda heritage: tried.append(heritage) or 11)
     row, channel = cast(Any, object()), cast(Any, object())
     stage.ask("reload")
     assert stage.crew.mains[-1](row, channel) == 17
