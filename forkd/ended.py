@@ -22,7 +22,7 @@ class Ended(ConnectionAbortedError):
 
 
 class FirstByteTimeout(Ended):
-    """The client has said nothing within `timeouts.first_byte`."""
+    """The client has never said anything, and for `timeouts.first_byte` it was told nothing either."""
 
     reason = "first_byte"
 

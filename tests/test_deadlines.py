@@ -216,11 +216,11 @@ SEEN = Sighting(opened=100.0, spoke=True, heard=130.0, told=140.0)
     ("rules", "seen", "end"),
     [
         (patience(), SEEN, (inf, Ended)),
-        (patience(first_byte=10), SEEN._replace(spoke=False), (110, FirstByteTimeout)),
+        (patience(first_byte=10), SEEN._replace(spoke=False), (150, FirstByteTimeout)),
         (patience(first_byte=10), SEEN, (inf, Ended)),
         (patience(idle=20), SEEN, (160, IdleTimeout)),
         (patience(idle=20), SEEN._replace(heard=150.0), (170, IdleTimeout)),
-        (patience(idle=20, first_byte=90), SEEN._replace(spoke=False), (190, FirstByteTimeout)),
+        (patience(idle=20, first_byte=90), SEEN._replace(spoke=False, told=100.0), (190, FirstByteTimeout)),
         (patience(idle=20), SEEN._replace(spoke=False, heard=100.0, told=100.0), (120, IdleTimeout)),
         (patience(lifetime=70, idle=900), SEEN, (170, LifetimeOver)),
         (patience(write=5), SEEN, (inf, Ended)),
@@ -263,7 +263,7 @@ def test_the_kernels_times_make_a_sighting() -> None:
     [
         (LifetimeOver, "it is 80.0 s old"),
         (WriteTimeout, "it has taken nothing of what waits for it for 40.0 s"),
-        (FirstByteTimeout, "it has said nothing in its first 80.0 s"),
+        (FirstByteTimeout, "it has never said anything, and was told nothing for 40.0 s"),
         (HeartbeatLost, "it has said nothing for 50.0 s, nor to its heartbeat"),
         (IdleTimeout, "it was idle for 40.0 s"),
     ],

@@ -54,6 +54,14 @@ def test_a_client_that_says_nothing_is_closed(harness: Harness, address: str) ->
     assert echoes(other)
 
 
+def test_a_client_that_is_told_something_need_not_speak(harness: Harness) -> None:
+    daemon = start(harness, "Ticking", "timeouts.first_byte=400ms", "timeouts.idle=off")
+    client = harness.connect(daemon)
+    assert read(client, 12) == b"tick" * 3  # one each 300 ms
+    assert ended(daemon) == {}
+    client.close()
+
+
 @pytest.mark.parametrize("handler", ["Echo", "Filling"])
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_client_that_falls_silent_is_closed(harness: Harness, address: str, handler: str) -> None:

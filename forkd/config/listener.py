@@ -24,7 +24,10 @@ class Timeouts:
     """Deadlines of one listener's connections."""
 
     first_byte: float = option(
-        units.DEADLINE, "Time that a client has to say something. off or 0: as long as it likes.", 60.0
+        units.DEADLINE,
+        "Time that a client has to say something, from when it came or was last told something. off or 0: as long as "
+        "it likes.",
+        60.0,
     )
     idle: float = option(
         units.DEADLINE,

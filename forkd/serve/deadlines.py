@@ -185,7 +185,8 @@ class Patience:
         if seen.stuck and self.write:
             ends.append((seen.stuck + self.write, WriteTimeout))
         if not seen.spoke and self._first_byte:
-            ends.append((seen.opened + self._first_byte, FirstByteTimeout))
+            # Who is told something meanwhile may well have nothing to say but that it takes it.
+            ends.append((seen.told + self._first_byte, FirstByteTimeout))
         elif self._idle:
             ends.append((max(seen.heard, seen.told) + self._idle, IdleTimeout))
         if self.beat and not _answered(seen):  # however late it was asked, it has an interval for its answer
@@ -209,7 +210,7 @@ def explained(kind: type[Ended], seen: Sighting, now: float) -> Ended:
     if kind is WriteTimeout:
         return kind(f"it has taken nothing of what waits for it for {now - seen.stuck:.1f} s")
     if kind is FirstByteTimeout:
-        return kind(f"it has said nothing in its first {now - seen.opened:.1f} s")
+        return kind(f"it has never said anything, and was told nothing for {now - seen.told:.1f} s")
     if kind is HeartbeatLost:
         return kind(f"it has said nothing for {now - seen.heard:.1f} s, nor to its heartbeat")
     return kind(f"it was idle for {now - max(seen.heard, seen.told):.1f} s")

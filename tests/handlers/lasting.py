@@ -70,6 +70,19 @@ class Securing(asyncio.Protocol):
         self.task = loop.create_task(secure())
 
 
+class Ticking(Echo):
+    """Says something now and then, unasked."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.tick()
+
+    def tick(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(b"tick")
+            asyncio.get_running_loop().call_later(0.3, self.tick)
+
+
 class Deaf(Asking):
     """Asks, and reads nothing."""
 
