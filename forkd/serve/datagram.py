@@ -95,22 +95,26 @@ class DatagramTransport(DatagramSending):
         self._admit, self._unwrap = admit, unwrap
         self._stray = peer is not None  # whether datagrams of others may lie in the queue, from before the connect
         self._check = self._checked if admit or unwrap or self._stray else None
-        self._origins: Origins | None = None
-        self._receive: Callable[[int], tuple[bytes, Any]] = sock.recvfrom
-        self._size = _LONGEST
-        self._waiting = None
-        if sock.family == socket.AF_UNIX:
-            self._waiting = None if peer is not None else Counter()
-            self._receive, self._size = self._receive_whole, _LONGEST_UNIX
-        elif unwrap or (peer is None and receives_origin(sock)):
-            self._origins = Origins(sock)
-            self._receive = self._origins.receive
-        self._plain = self._origins is None and peer is None
-        self._direct = self._plain
+        self._choose_ways()
         self._sendto = sock.sendto
         self._context = copy_context()
         self._reader: Ready = partial(self._context.run, self._ready)  # type: ignore[call-arg]  # mypy misreads ParamSpec
         self.set_protocol(protocol)
+
+    def _choose_ways(self) -> None:
+        """How datagrams are received and sent: as simply as the socket allows."""
+        self._origins: Origins | None = None
+        self._receive: Callable[[int], tuple[bytes, Any]] = self._sock.recvfrom
+        self._size = _LONGEST
+        self._waiting = None
+        if self._sock.family == socket.AF_UNIX:
+            self._waiting = None if self._peer is not None else Counter()
+            self._receive, self._size = self._receive_whole, _LONGEST_UNIX
+        elif self._unwrap or (self._peer is None and receives_origin(self._sock)):
+            self._origins = Origins(self._sock)
+            self._receive = self._origins.receive
+        self._plain = self._origins is None and self._peer is None
+        self._direct = self._plain
 
     def start(self) -> None:
         """Tells the protocol that there is a socket, then begins to read. Raises what the protocol raises."""
