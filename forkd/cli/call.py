@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import socket
 import sys
 from math import inf
@@ -13,6 +12,7 @@ from typing import NoReturn
 
 from forkd.cli.exchange import LARGEST, Failed, Tries, ask, exchange
 from forkd.config.address import Address, parse_address
+from forkd.config.escapes import octets, parse_escaped
 from forkd.config.scales import parse_duration
 from forkd.errors import ForkdError, UsageError
 
@@ -21,7 +21,6 @@ TOTAL = 60.0  # seconds of a whole exchange over a stream
 DATAGRAM_RETRIES = 5
 
 _FORMS = "tcp://HOST:PORT, unix:/path, unix:@name, udp://HOST:PORT, unix-dgram:/path or unix-dgram:@name"
-_ESCAPES = {"n": b"\n", "r": b"\r", "t": b"\t", "0": b"\0", "\\": b"\\"}
 
 
 def call(command: argparse.Namespace) -> int:
@@ -30,7 +29,7 @@ def call(command: argparse.Namespace) -> int:
     timeout, total = (_duration(command, name) for name in ("timeout", "deadline"))
     if command.until is not None and (place.takes_datagrams or command.rdp):
         raise UsageError("--until is for streams; a datagram's answer is one datagram")
-    until = None if command.until is None else _unescape(command.until)
+    until = None if command.until is None else _delimiter(command.until)
     if command.rdp and place.scheme != "udp":
         raise UsageError(f"--rdp goes over udp://HOST:PORT, not to {place}")
     request = _request(command)
@@ -133,18 +132,12 @@ def _request(command: argparse.Namespace) -> bytes:
         raise UsageError(f"{data[:40]!r} is not hexadecimal; write two digits a byte, as in '48 69'") from None
 
 
-def _unescape(text: str) -> bytes:
-    r"""The bytes of a delimiter, with \n, \r, \t, \0, \\ and \xHH for bytes. Raises UsageError."""
-    delimiter = b""
-    for plain, escape, digits in re.findall(r"([^\\]+)|\\(?:x([0-9A-Fa-f]{2})|(.?))", text, re.DOTALL):
-        if escape:
-            delimiter += bytes.fromhex(escape)
-        elif plain:
-            delimiter += os.fsencode(plain)
-        elif digits in _ESCAPES:
-            delimiter += _ESCAPES[digits]
-        else:
-            raise UsageError(rf"--until: \{digits} is none of \n, \r, \t, \0, \\ and \xHH")
+def _delimiter(text: str) -> bytes:
+    """The octets of a delimiter. Raises UsageError."""
+    try:
+        delimiter = octets(parse_escaped(text))
+    except ValueError as error:
+        raise UsageError(f"--until: {error}") from None
     if not delimiter:
         raise UsageError("--until: an empty delimiter ends nothing")
     return delimiter
