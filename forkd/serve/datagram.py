@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from forkd.drain import draining
-from forkd.serve.datagram_sending import MOST_UNSENT, DatagramKeeper, DatagramSending
+from forkd.serve.datagram_sending import MOST_UNSENT, Admit, DatagramKeeper, DatagramSending, Unwrap
 from forkd.serve.loop import IN, OUT, PollLoop, Ready
 from forkd.serve.origins import Origins, receives_origin
 from forkd.serve.recent import MANY, Recent, RecentPeers
@@ -39,13 +39,6 @@ _LONGEST_UNIX = 262_144
 _LAST_ROUNDS = 16
 
 _TURNS = range(BATCH)
-
-#: Whether datagrams of a peer are taken.
-Admit = Callable[[Any], bool]
-
-#: The payload of a datagram that came by a proxy, whom it is from, and to which of the proxy's addresses it was sent;
-#: None for one that is of no use.
-Unwrap = Callable[[bytes, Any], "tuple[bytes, Any, Any] | None"]
 
 
 class DatagramTransport(DatagramSending):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from forkd.serve.datagram import Admit, Unwrap
+from forkd.serve.datagram_sending import Admit, Unwrap
 from forkd.serve.gate import DENIED, Gate
 from forkd.serve.loop import PollLoop
 from forkd.serve.networks import Networks

@@ -36,6 +36,13 @@ RETRY = 0.01
 # As plain integers: an enumeration's members cost a look-up each.
 _IN, _OUT, _DROPPED = int(Field.DATAGRAMS_RECEIVED), int(Field.DATAGRAMS_SENT), int(Field.DATAGRAMS_DROPPED)
 
+#: Whether datagrams of a peer are taken.
+Admit = Callable[[Any], bool]
+
+#: The payload of a datagram that came by a proxy, whom it is from, and to which of the proxy's addresses it was sent;
+#: None for one that is of no use.
+Unwrap = Callable[[bytes, Any], "tuple[bytes, Any, Any] | None"]
+
 
 class DatagramKeeper(Protocol):
     """Who is told of a datagram socket's fate."""
