@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory, "forkd")
         identity = ["--name", "clients", "--run-directory", str(run)]
-        with daemon(identity, arguments.workers, port, Path(directory, "log")), visitors(port, arguments.clients):
+        with daemon(identity, arguments.workers, port, Path(directory, "log")), idle_clients(port, arguments.clients):
             wait_clients(run / "control.sock", arguments.clients)
             command = [sys.executable, "-m", "forkd", "clients", *identity]
             for label, more in (("table", []), ("JSON", ["--json"]), ("sorted by client", ["--sort", "client"])):
@@ -69,7 +69,7 @@ def daemon(identity: list[str], workers: int, port: int, log: Path) -> Iterator[
 
 
 @contextmanager
-def visitors(port: int, count: int) -> Iterator[None]:
+def idle_clients(port: int, count: int) -> Iterator[None]:
     """So many connections, in as many processes as they need."""
     pids = []
     try:

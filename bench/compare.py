@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 PEER = Path(__file__).parent / "peer.py"
@@ -77,14 +78,29 @@ def measure(command: list[str], arguments: argparse.Namespace) -> tuple[float, f
             server.wait()
 
 
+def forkd_command(handler: str, workers: int, port: int, run: str, settings: Sequence[str] = ()) -> list[str]:
+    """The command of a daemon at a port of 127.0.0.1, whose files are in a directory.
+
+    Args:
+        handler: what serves; empty: the built-in echo.
+        workers: how many.
+        port: where it listens.
+        run: the directory.
+        settings: more of them, each KEY=VALUE.
+    """
+    command = [sys.executable, "-m", "forkd", "run", *([handler] if handler else []), "--name", "bench"]
+    command += ["--workers", str(workers), "--listen", f"tcp://127.0.0.1:{port}", "--run-directory", f"{run}/forkd"]
+    return command + [word for setting in (f"log.to={run}/log", *settings) for word in ("--set", setting)]
+
+
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port that is free."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def wait_for(port: int) -> None:
-    """Waits until somebody answers."""
+    """Waits until the server accepts."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -97,17 +113,21 @@ def wait_for(port: int) -> None:
                 raise
 
 
-def cpu_seconds(session: int) -> float:
-    """The CPU time that the processes of a session have taken."""
-    ticks = 0
+def cpu_seconds(server: int) -> float:
+    """The CPU time that a server and the processes below it have taken; forkd's workers have sessions of their own."""
+    parents, ticks = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        if int(fields[3]) == session:
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+        pid = int(stat.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    found, below = 0, {server}
+    while below:
+        found += sum(ticks.get(pid, 0) for pid in below)
+        below = {pid for pid, parent in parents.items() if parent in below}
+    return found / os.sysconf("SC_CLK_TCK")
 
 
 def load(port: int, clients: int, until: float, *, fresh: bool) -> int:

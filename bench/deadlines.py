@@ -3,7 +3,7 @@
 Idle: so many connections with all deadlines set, none of which is over; the worker's CPU time and its wake-ups (its
 voluntary context switches, proc(5)) in a second, beside those of a worker with no connection, which are its heartbeat.
 Over: so many connections whose first byte does not come in time, all within a second; the longest that another client
-waits for its echo meanwhile, which is the loop's lag, and that with the same requests when nobody's time is over.
+waits for its echo meanwhile, which is the loop's lag, and that with the same requests when no deadline is over.
 
     python bench/deadlines.py [--idle 9000] [--over 1000] [--seconds 10]
 """
@@ -18,14 +18,13 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from compare import MESSAGE, free_port, wait_for
-from replace import only_worker
+from compare import MESSAGE, forkd_command, free_port, wait_for
+from replace import serving as serving_workers
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -47,13 +46,13 @@ def idle(count: int, seconds: float) -> None:
     """Prints what many idle connections cost."""
     settings = ["first_byte=1h", "idle=1h", "write=1h", "lifetime=1h"]
     with serving([f"listen.timeouts.{one}" for one in settings] + ["listen.keepalive.heartbeat=1h"]) as (port, worker):
-        nobody = watch(worker, seconds)
+        none = watch(worker, seconds)
         clients = connect(port, count)
         many = watch(worker, seconds)
         for sock in clients:
             sock.close()
     print(f"{'':16} {'CPU':>8} {'wake-ups':>9}   (of one worker, a second)")
-    for label, (cpu, wakes) in (("no client", nobody), (f"{count} idle", many)):
+    for label, (cpu, wakes) in (("no client", none), (f"{count} idle", many)):
         print(f"{label:16} {cpu:8.2%} {wakes:9.2f}")
 
 
@@ -78,13 +77,10 @@ def serving(settings: list[str]) -> Iterator[tuple[int, int]]:
     """A daemon with one worker: its port, and the worker's pid."""
     port = free_port()
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, "-m", "forkd", "run", "--name", "deadlines", "--workers", "1"]
-        options = ["--listen", f"tcp://127.0.0.1:{port}", "--run-directory", f"{run}/forkd"]
-        more = [word for setting in (f"log.to={run}/log", *settings) for word in ("--set", setting)]
-        server = subprocess.Popen([*command, *options, *more])
+        server = subprocess.Popen(forkd_command("", 1, port, run, settings))
         try:
             wait_for(port)
-            yield port, only_worker(Path(run, "forkd", "control.sock"))
+            yield port, serving_workers(Path(run, "forkd", "control.sock"), 1)[0]
         finally:
             server.send_signal(signal.SIGQUIT)
             server.wait()

@@ -1,9 +1,9 @@
-"""How good clients fare beside bad ones: the time that 50 have to wait for their echo, alone and in a bad crowd.
+"""How long 50 good clients wait for their echo, alone and beside bad clients.
 
-The crowd is 500 clients that say nothing, 200 that send a byte a second and 200 that send without ever reading. The
+The bad clients are 500 that send nothing, 200 that send a byte a second and 200 that send without ever reading. The
 good ones ask at a steady pace, so what is compared is waiting, not throughput; both times are taken from one daemon.
 
-    python bench/crowd.py [--workers 4] [--seconds 10]
+    python bench/bad_clients.py [--workers 4] [--seconds 10]
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 
-from compare import MESSAGE, free_port, wait_for
+from compare import MESSAGE, forkd_command, free_port, wait_for
 
 GOOD, SILENT, SLOW, DEAF = 50, 500, 200, 200
 
@@ -38,10 +37,10 @@ def main() -> None:
     port = free_port()
     with serving(port, arguments.workers):
         alone = measure(port, arguments.seconds)
-        with crowd(port):
+        with bad_clients(port):
             beside = measure(port, arguments.seconds)
     print(f"{'':16} {'median':>8} {'p99':>8} {'failed':>7}   (ms, {GOOD} clients, {PACE:g} requests/s each)")
-    for label, (waits, failed) in (("alone", alone), ("beside a crowd", beside)):
+    for label, (waits, failed) in (("alone", alone), ("beside bad ones", beside)):
         print(f"{label:16} {statistics.median(waits):8.3f} {p99(waits):8.3f} {failed:7}")
     print(f"{'ratio of p99':16} {p99(beside[0]) / p99(alone[0]):17.2f}")
 
@@ -55,9 +54,7 @@ def p99(waits: list[float]) -> float:
 def serving(port: int, workers: int) -> Iterator[None]:
     """A daemon that echoes."""
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, "-m", "forkd", "run", "--name", "crowd", "--workers", str(workers)]
-        options = ["--listen", f"tcp://127.0.0.1:{port}", "--run-directory", f"{run}/forkd", "--log-level", "error"]
-        server = subprocess.Popen([*command, *options])
+        server = subprocess.Popen(forkd_command("", workers, port, run))
         try:
             wait_for(port)
             yield
@@ -67,7 +64,7 @@ def serving(port: int, workers: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def crowd(port: int) -> Iterator[None]:
+def bad_clients(port: int) -> Iterator[None]:
     """A process with bad clients, from when all are connected to the end."""
     ready, tell = os.pipe()
     child = os.fork()
@@ -87,7 +84,7 @@ def crowd(port: int) -> Iterator[None]:
 
 
 def misbehave(port: int, tell: int) -> None:
-    """What the crowd does, for ever."""
+    """What the bad clients do, for ever."""
     silent, slow, deaf = (
         [socket.create_connection(("127.0.0.1", port)) for _ in range(count)] for count in (SILENT, SLOW, DEAF)
     )
