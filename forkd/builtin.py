@@ -1,4 +1,4 @@
-"""Handlers that come with forkd."""
+"""Handlers that come with forkd, for its tests and benchmarks and to try it out."""
 
 from __future__ import annotations
 

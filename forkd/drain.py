@@ -21,22 +21,42 @@ for the drain, whichever comes first:
     finally:
         drain.cancel()
 
-A handler that heeds none of it loses nothing: its connections are served until the time is up.
+A handler that uses none of this loses nothing: its connections are served until the time is up.
 """
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
+    from contextvars import Context
+
+
+class _Waiter:
+    """What waits for the drain.
+
+    Args:
+        future: gets its result then.
+        context: in which it waits.
+    """
+
+    def __init__(self, future: asyncio.Future[None], context: Context) -> None:
+        self.future = future
+        self.context = context
+
+    def wake(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
 
 
 class _Worker:
     """This process."""
 
     drains = False
-    waiters: ClassVar[set[asyncio.Future[None]]] = set()
+    waiters: ClassVar[set[_Waiter]] = set()
 
 
 def draining() -> bool:
@@ -45,26 +65,41 @@ def draining() -> bool:
 
 
 async def wait_draining() -> None:
-    """Returns when this worker has begun to drain, at once if it has already; on any loop of the process."""
-    from asyncio import get_running_loop  # noqa: PLC0415 (who awaits has imported it; who merely asks need not)
+    """Returns when this worker has begun to drain, at once if it has already; on any loop of the process. What serves a
+    connection has its turn within `drain_spread`.
+    """
+    from asyncio import get_running_loop  # noqa: PLC0415 (a caller that awaits has imported it; one that merely asks need not)
 
-    waiter = get_running_loop().create_future()
+    waiter = _Waiter(get_running_loop().create_future(), copy_context())
     _Worker.waiters.add(waiter)
     try:
         if not _Worker.drains:  # looked at after the waiter can be seen: `begin` may be called by another thread
-            await waiter
+            await waiter.future
     finally:
         _Worker.waiters.discard(waiter)
 
 
-def begin() -> None:
-    """For the worker: it drains from now on. Wakes all who wait for that."""
+def is_awaited() -> bool:
+    """For the worker: whether anything waits for its drain."""
+    return bool(_Worker.waiters)
+
+
+def begin(delay_of: Callable[[Context], float] = lambda context: 0.0) -> None:
+    """For the worker: it drains from now on. Wakes all that wait for it.
+
+    Args:
+        delay_of: for how many seconds what waits in a context is to wait on.
+    """
     _Worker.drains = True
-    for loop in {waiter.get_loop() for waiter in list(_Worker.waiters)}:
-        loop.call_soon_threadsafe(_wake, loop)
+    for loop in {waiter.future.get_loop() for waiter in list(_Worker.waiters)}:
+        loop.call_soon_threadsafe(_wake_all, loop, delay_of)
 
 
-def _wake(loop: asyncio.AbstractEventLoop) -> None:
+def _wake_all(loop: asyncio.AbstractEventLoop, delay_of: Callable[[Context], float]) -> None:
     for waiter in list(_Worker.waiters):
-        if waiter.get_loop() is loop and not waiter.done():
-            waiter.set_result(None)
+        if waiter.future.get_loop() is not loop:
+            continue
+        if delay := delay_of(waiter.context):
+            loop.call_later(delay, waiter.wake)
+        else:
+            waiter.wake()

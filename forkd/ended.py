@@ -12,7 +12,7 @@ from __future__ import annotations
 
 
 class Ended(ConnectionAbortedError):
-    """The base of all.
+    """What all have in common.
 
     Attributes:
         reason: one word for it, as in the log, in `forkd status` and in the settings that it comes from.
@@ -22,7 +22,7 @@ class Ended(ConnectionAbortedError):
 
 
 class FirstByteTimeout(Ended):
-    """The client has never said anything, and for `timeouts.first_byte` it was told nothing either."""
+    """The client has never sent anything, and for `timeouts.first_byte` it was sent nothing either."""
 
     reason = "first_byte"
 
@@ -34,7 +34,7 @@ class IdleTimeout(Ended):
 
 
 class WriteTimeout(Ended):
-    """For `timeouts.write` the client has taken nothing of what waits to be sent to it."""
+    """For `timeouts.write` the client has taken nothing of what is unsent."""
 
     reason = "write"
 
@@ -46,7 +46,7 @@ class LifetimeOver(Ended):
 
 
 class HeartbeatLost(Ended):
-    """The client was silent for twice `keepalive.heartbeat`, although the protocol's `heartbeat()` was called."""
+    """The client has sent nothing for twice `keepalive.heartbeat`, although the protocol's `heartbeat()` was called."""
 
     reason = "heartbeat"
 
@@ -55,6 +55,12 @@ class WriteBufferFull(Ended):
     """The handler wrote again while more than `limits.write_buffer` was unsent: the client does not read."""
 
     reason = "write_buffer"
+
+
+class HandshakeFailed(Ended):
+    """TLS was not agreed on, in `tls.handshake` or at all. No handler is told: none has begun."""
+
+    reason = "handshake"
 
 
 class Killed(Ended):

@@ -1,4 +1,4 @@
-"""What can go wrong, as the user sees it: one class for each exit status, each with a sentence fit for a terminal.
+"""What can go wrong, as the user sees it: classes with a sentence fit for a terminal and an exit status.
 
 Everything that forkd raises on purpose is a `ForkdError`; `cli` is the one place that prints it and turns it into an
 exit status. Bugs stay bugs: they are not wrapped.
@@ -6,9 +6,15 @@ exit status. Bugs stay bugs: they are not wrapped.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+# C0 and C1 controls, the separators that some viewers take for ends of lines, marks that reverse the order of what is
+# shown, and surrogates, which no stream takes.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ForkdError(Exception):
@@ -20,14 +26,34 @@ class ForkdError(Exception):
     status = 1
 
 
+#: What the system says to a program that is wrong, not of what the user's machine lacks.
+_BUGS = {errno.EBADF, errno.EFAULT, errno.ENOTSOCK}
+
+
+def is_bug(error: OSError) -> bool:
+    """Whether it shows a mistake of a program, whose traceback is wanted."""
+    return error.errno in _BUGS
+
+
+def system_reason(error: Exception) -> str:
+    """What the system has refused, as a sentence without the bare number: with the file that it is about, if any. Of
+    another error, its text.
+    """
+    if not isinstance(error, OSError):
+        return str(error)
+    why = error.strerror or (os.strerror(error.args[0]) if error.args and type(error.args[0]) is int else str(error))
+    about = error.filename if isinstance(error.filename, str) else ""
+    return f"{about}: {why}" if about else why
+
+
 class UsageError(ForkdError):
-    """The command line itself is off."""
+    """The command line itself is wrong."""
 
     status = os.EX_USAGE
 
 
 class AddressInUse(ForkdError):
-    """Somebody else holds an address that was to be listened on."""
+    """Another process holds an address that was to be listened on."""
 
 
 class AlreadyRunning(ForkdError):
@@ -45,7 +71,17 @@ class AlreadyRunning(ForkdError):
 
 
 class NotRunning(ForkdError):
-    """There is nobody to talk to."""
+    """The daemon does not run, so it can't be asked."""
+
+
+class NotAllowed(ForkdError):
+    """The daemon runs, and this user may not ask it. LSB's status for what can't be known has the same number."""
+
+    status = 4
+
+
+class OtherProject(ForkdError):
+    """A daemon runs that has the name which is meant, but belongs to another directory or file."""
 
 
 class BootError(ForkdError):
@@ -63,6 +99,10 @@ class BootError(ForkdError):
 
 class HandlerError(BootError):
     """The handler named in the settings can't be imported, or is of no form that forkd hosts."""
+
+
+class StoppedAtStart(KeyboardInterrupt):
+    """A signal has asked for a stop before the master's loop ran. It passes where an interrupt of the terminal does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +129,18 @@ class ConfigError(ForkdError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
         self.problems = tuple(problems)
+
+
+# Texts on a terminal
+
+
+def escaped(text: str) -> str:
+    """`text` in one line: controls as Python writes them in a string."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal, which may be of lines and have tabs: no other control in it reaches that. To be used for
+    all that is printed and is not ours as a whole: replies, reasons, tracebacks.
+    """
+    return "\n".join("\t".join(map(escaped, line.split("\t"))) for line in text.split("\n"))

@@ -1,4 +1,8 @@
-"""The signals that the daemon understands, in one table: the master installs it, the docs are made from it."""
+"""The signals between operator, master and workers.
+
+`MASTER` lists those that the master handles, each with the command that it stands for. The others are what the master
+sends to its workers, and what workers ignore.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from enum import Enum
 from signal import Signals
 
 
-class Order(Enum):
+class Command(Enum):
     """What a signal, or a verb on the control socket, asks of the master."""
 
     STOP = "stop"
@@ -21,25 +25,31 @@ class Order(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One signal: its number, what it asks, and the sentence for the manual."""
+class SignalEntry:
+    """One signal: its number, what it asks for, and the sentence for the manual."""
 
     signal: Signals
-    order: Order
+    command: Command
     sentence: str
 
 
 #: Signals to the master (signal(7)). One that is not listed keeps its default.
 MASTER = (
-    Row(Signals.SIGTERM, Order.STOP, "Stop: no new clients, the open ones may finish; a second one closes at once."),
-    Row(Signals.SIGINT, Order.STOP, "The same as TERM."),
-    Row(Signals.SIGQUIT, Order.QUIT, "Stop at once."),
-    Row(Signals.SIGTTIN, Order.MORE, "One worker more."),
-    Row(Signals.SIGTTOU, Order.FEWER, "One worker fewer."),
-    Row(Signals.SIGCHLD, Order.REAP, "A worker has ended."),
-    Row(Signals.SIGHUP, Order.RELOAD, "Reload: read the settings anew, boot new workers; what fails changes nothing."),
-    Row(Signals.SIGUSR1, Order.REOPEN, "Open the log file anew, after it was rotated away."),
-    Row(Signals.SIGUSR2, Order.UPGRADE, "Upgrade: run the code that is installed now, under the same PID."),
+    SignalEntry(
+        Signals.SIGTERM,
+        Command.STOP,
+        "Stop: no new clients, the open ones may finish; a second one closes at once, or ends stop_delay.",
+    ),
+    SignalEntry(Signals.SIGINT, Command.STOP, "The same as TERM."),
+    SignalEntry(Signals.SIGQUIT, Command.QUIT, "Stop at once."),
+    SignalEntry(Signals.SIGTTIN, Command.MORE, "One worker more."),
+    SignalEntry(Signals.SIGTTOU, Command.FEWER, "One worker fewer."),
+    SignalEntry(Signals.SIGCHLD, Command.REAP, "A worker has ended."),
+    SignalEntry(
+        Signals.SIGHUP, Command.RELOAD, "Reload: read the settings again, boot new workers; what fails changes nothing."
+    ),
+    SignalEntry(Signals.SIGUSR1, Command.REOPEN, "Reopen the log file, after it was rotated away."),
+    SignalEntry(Signals.SIGUSR2, Command.UPGRADE, "Upgrade: run the code that is installed now, under the same PID."),
 )
 
 #: What the master sends to a worker. The kernel sends DRAIN too, when the master dies (`system.process`).
@@ -47,9 +57,11 @@ DRAIN = Signals.SIGTERM
 CLOSE = Signals.SIGQUIT
 KILL = Signals.SIGKILL
 DUMP = Signals.SIGRTMIN  # write the stacks of all threads to standard error
+NUDGE = Signals.SIGHUP  # nothing, but that a system call which waits begins again
 
-#: Signals that are the master's business alone and that reach a worker when a terminal or an operator sends them to the
-#: whole process group; and DUMP, whose default is to end the process, until the worker has its handler for it.
+#: Signals that are the master's business alone and that may reach a worker when an operator sends them to every process
+#: of the daemon. A worker has handlers for them that do nothing: what is ignored stays so in programs that it starts,
+#: what is handled does not (execve(2)).
 WORKER_IGNORES = (
     Signals.SIGINT,
     Signals.SIGHUP,
@@ -57,6 +69,12 @@ WORKER_IGNORES = (
     Signals.SIGUSR2,
     Signals.SIGTTIN,
     Signals.SIGTTOU,
-    Signals.SIGPIPE,
-    DUMP,
 )
+
+#: Signals that a worker really ignores: PIPE as every Python program, and DUMP, whose default is to end the process,
+#: until the worker has its handler for it.
+WORKER_REALLY_IGNORES = (Signals.SIGPIPE, DUMP)
+
+
+def ignore(*_: object) -> None:
+    """The handler that does nothing."""

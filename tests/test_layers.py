@@ -1,9 +1,12 @@
-"""What imports what: the package's rows, the two sides that never meet, and what a process never loads."""
+"""What imports what: the package's rows, the two sides that never meet, and what a process never loads. And what a
+package says of its modules.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import forkd
+from forkd.compiled import EXTENSIONS
 
 ROOT = Path(forkd.__file__).parent
 MODULES = {
@@ -20,15 +24,28 @@ MODULES = {
 }
 #: The parts, lowest first. A module imports its own part and lower ones; `master` and `serve` are in one row.
 ROWS = [
-    ["errors", "signals", "states", "wire"],
+    ["errors", "signals", "states", "messages", "compiled"],
     ["config"],
     ["system"],
-    ["builtin", "client", "drain", "ended", "framing", "rdp"],
+    ["worker"],
+    ["builtin", "client", "drain", "ended", "framing", "metrics", "rdp"],
     ["master", "serve"],
     ["app"],
     ["cli"],
 ]
-WORDS = {"errors", "signals", "states", "wire"}
+WORDS = {"errors", "signals", "states", "messages"}
+#: The same for the parts of `serve`: what accepts knows nothing of what serves, and `worker` and `once` wire both.
+SERVE_ROWS = [
+    ["deadlines", "import_paths", "loop"],
+    ["handlers", "lingering"],
+    ["accept"],
+    ["stream"],
+    ["datagram"],
+    ["queries", "handler_forks", "hooks"],
+    ["once", "worker"],
+    ["boot"],
+]
+SERVE = [module for module in MODULES if module.startswith("forkd.serve.")]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -44,12 +61,16 @@ def imports(path: Path) -> Iterator[str]:
                 yield str(node.module)
 
 
-def part(module: str) -> str:
-    return module.split(".")[1]
+def part(module: str, level: int = 1) -> str:
+    return module.split(".")[level]
 
 
 def row(module: str) -> int:
     return next(number for number, parts in enumerate(ROWS) if part(module) in parts)
+
+
+def serve_row(module: str) -> int:
+    return next(number for number, parts in enumerate(SERVE_ROWS) if part(module, 2) in parts)
 
 
 def loaded(program: str) -> set[str]:
@@ -68,7 +89,7 @@ def test_every_module_belongs_to_a_row() -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if "." in name and name != "forkd.__main__"])
-def test_a_module_imports_its_own_part_and_lower_rows_alone(module: str) -> None:
+def test_module_imports_only_its_own_part_and_lower_rows(module: str) -> None:
     strays = [
         found
         for found in imports(MODULES[module])
@@ -77,7 +98,22 @@ def test_a_module_imports_its_own_part_and_lower_rows_alone(module: str) -> None
     assert strays == []
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_every_serve_module_belongs_to_a_row() -> None:
+    of_rows = {one for parts in SERVE_ROWS for one in parts}
+    assert {part(module, 2) for module in SERVE} == of_rows
+
+
+@pytest.mark.parametrize("module", SERVE)
+def test_serve_module_imports_only_its_own_part_and_lower_rows(module: str) -> None:
+    strays = [
+        found
+        for found in imports(MODULES[module])
+        if found in SERVE and part(found, 2) != part(module, 2) and serve_row(found) >= serve_row(module)
+    ]
+    assert strays == []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
     wanted = {module: set(imports(path)) & set(MODULES) for module, path in MODULES.items()}
     while free := [module for module, needs in wanted.items() if not needs & set(wanted)]:
         for module in free:
@@ -86,7 +122,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(("side", "other"), [("master", "serve"), ("serve", "master")])
-def test_the_two_sides_never_meet(side: str, other: str) -> None:
+def test_master_and_serve_never_meet(side: str, other: str) -> None:
     modules = [module for module in MODULES if module.startswith(f"forkd.{side}.")]
     assert modules
     found = loaded("\n".join(f"import {module}" for module in modules))
@@ -94,31 +130,31 @@ def test_the_two_sides_never_meet(side: str, other: str) -> None:
     assert [module for module in found if module.startswith((f"forkd.{other}", "forkd.app", "forkd.cli"))] == []
 
 
-def test_the_master_loads_neither_asyncio_nor_ssl_nor_a_handler() -> None:
+def test_master_loads_neither_asyncio_nor_ssl_nor_a_handler() -> None:
     found = loaded("import forkd.master.master")
     assert "forkd.master.master" in found
     assert found & {"asyncio", "ssl", "_ssl", "forkd.builtin", "multiprocessing"} == set()
 
 
-def test_the_daemons_assembly_loads_no_asyncio_before_a_worker_is_forked() -> None:
-    found = loaded("import forkd.app.assembly, forkd.app.start, forkd.app.check")
+def test_daemon_loads_no_asyncio_before_a_worker_is_forked() -> None:
+    found = loaded("import forkd.app.daemon, forkd.app.check")
     assert found & {"asyncio", "ssl"} == set()
 
 
-def test_who_asks_whether_its_worker_drains_need_not_load_asyncio() -> None:
+def test_drain_query_loads_no_asyncio() -> None:
     found = loaded("import forkd.drain; assert not forkd.drain.draining()")
     assert "forkd.drain" in found
     assert "asyncio" not in found
 
 
-def test_a_client_need_not_load_asyncio_nor_anything_of_the_daemon() -> None:
+def test_blocking_client_loads_no_asyncio_and_no_daemon() -> None:
     found = loaded("import forkd.client")
     own = {name for name in found if name.startswith("forkd.") and part(name) != "client"}
     assert own == {"forkd.config", "forkd.config.address"}
     assert found & {"asyncio", "ssl", "_ssl", "yaml"} == set()
 
 
-def test_the_blocking_client_of_reliable_requests_loads_no_asyncio() -> None:
+def test_blocking_rdp_client_loads_no_asyncio() -> None:
     found = loaded("from forkd.rdp import GaveUp, RdpClient")
     assert "forkd.rdp.client" in found
     assert [module for module in found if module.startswith(("asyncio", "ssl", "forkd.config", "forkd.system"))] == []
@@ -132,24 +168,34 @@ def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> N
     found = loaded(f"import os; sys.stderr, kept = open(os.devnull, 'w'), sys.stderr\n{program}\nsys.stderr = kept")
     assert "forkd.cli.parser" in found
     heavy = ("yaml", "asyncio", "ssl", "daemon", "forkd.app", "forkd.master", "forkd.serve", "forkd.system")
+    extensions = {name for one in EXTENSIONS for name in (one, one.rpartition(".")[0], "forkd.serve")}
+    assert [module for module in found - extensions if module.startswith(heavy)] == []
+
+
+def test_once_loads_neither_a_master_nor_what_makes_a_daemon() -> None:
+    found = loaded("import forkd.cli.once")
+    assert "forkd.serve.once.server" in found
+    heavy = ("daemon", "forkd.master", "forkd.serve.worker", "forkd.app.daemon", "forkd.serve.once.rendezvous")
     assert [module for module in found if module.startswith(heavy)] == []
 
 
-def test_one_client_costs_neither_a_master_nor_what_makes_a_daemon() -> None:
-    found = loaded("import forkd.cli.single")
-    assert "forkd.serve.once" in found
-    heavy = ("daemon", "forkd.master", "forkd.serve.worker", "forkd.app.assembly", "forkd.serve.rendezvous")
-    assert [module for module in found if module.startswith(heavy)] == []
-
-
-def test_only_one_module_imports_what_a_user_names() -> None:
-    """`cli.parser`, `cli.look` and `rdp` import forkd's own modules and shtab late, by names of their own."""
+def test_user_code_is_imported_by_one_module_only() -> None:
+    """`cli.parser`, `cli.files`, `compiled` and `rdp` import forkd's own modules and shtab late, by names they have."""
     text = {module: path.read_text() for module, path in MODULES.items()}
     late = {module for module, source in text.items() if "import_module" in source or "__import__" in source}
-    assert late == {"forkd.serve.handlers.load", "forkd.cli.parser", "forkd.cli.look", "forkd.rdp"}
+    assert late == {"forkd.serve.handlers", "forkd.cli.parser", "forkd.cli.files", "forkd.compiled", "forkd.rdp"}
 
 
-def test_only_the_places_that_are_known_for_it_fork() -> None:
+def test_fork_is_called_in_known_modules_only() -> None:
     found = {module for module, path in MODULES.items() if "os.fork(" in path.read_text()}
-    assert found <= {"forkd.master.spawn", "forkd.app.launcher", "forkd.app.check", "forkd.app.assembly"}
+    assert found <= {"forkd.master.spawn", "forkd.app.detach", "forkd.app.check", "forkd.app.daemon"}
     assert "forkd.master.spawn" in found
+
+
+@pytest.mark.parametrize("package", [name for name, path in MODULES.items() if path.name == "__init__.py"][1:])
+def test_package_docstring_names_every_module(package: str) -> None:
+    """A newcomer reads a package by its docstring, which has `name` in such quotes, or `name: ` at a line's begin."""
+    text = ast.get_docstring(ast.parse(MODULES[package].read_text())) or ""
+    named = {name or other for name, other in re.findall(r"`(\w+)`|^(\w+): ", text, re.MULTILINE)}
+    children = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package}
+    assert children <= named

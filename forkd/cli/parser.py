@@ -1,4 +1,4 @@
-"""The command line's grammar. What a command does is imported only when that command runs."""
+"""The command line's grammar: all commands and their options. What a command does is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from forkd import __version__
-from forkd.config.units import MOST_WORKERS
+from forkd import MOST_WORKERS, __version__
+from forkd.compiled import describe
 from forkd.errors import UsageError
 
 _TARGET = (
@@ -17,26 +17,41 @@ _TARGET = (
 )
 _RUNNING = "the daemon: its YAML file, its name, or the handler that it was started with; default: the echo"
 
+#: Those that completions are made for.
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+
 _EPILOG = """\
 exit status: 0 done, 1 failed, 64 wrong command line, 78 wrong settings;
-of status: 0 running, 1 dead with a pid file, 3 stopped"""
+of status: 0 running, 1 dead with a pid file, 3 stopped;
+of every command about a running daemon: 4 it runs, and this user may not ask it"""
 
 
 _Commands = Any  # argparse has no public name for what add_subparsers returns
 
 
-class _Parser(argparse.ArgumentParser):
+class _UsageErrorParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-class _Command(_Parser):
+class _Version(argparse.Action):
+    """Prints the version. Only here is tried whether the compiled twin can be had."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"forkd {__version__} ({describe()})")
+        parser.exit()
+
+
+class _CommandParser(_UsageErrorParser):
     """A command's parser: options may stand between its TARGET and its N."""
 
     _intermixed = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._intermixed:  # which it calls itself
+        if self._intermixed:  # the intermixed parsing calls this method again
             return super().parse_known_args(args, namespace)
         self._intermixed = True
         try:
@@ -49,7 +64,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command that the arguments mean; its `run` runs it and returns the exit status.
 
     Raises:
-        UsageError: they mean none.
+        UsageError: there is no such command, or an option is wrong.
     """
     parser = make_parser()
     given = next((word for word in arguments if not word.startswith("-")), None)
@@ -67,57 +82,99 @@ def _commands(parser: argparse.ArgumentParser) -> Sequence[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = _Parser(
+    parser = _UsageErrorParser(
         prog="forkd",
         description="A pre-fork server daemon for any socket handler.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"forkd {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
+    parser.add_argument("--version", action=_Version, help="show the version, and which twin of the hot path runs")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser)
 
     for name, run, sentence in (
         ("run", "lifecycle:run", "run in the foreground, logging to stderr"),
         ("start", "lifecycle:start", "start in the background; return when every worker is ready"),
         ("restart", "lifecycle:restart", "start a new master, which takes over addresses and name when it serves"),
-        ("check", "look:check", "check settings, addresses and handlers, and tell all mistakes at once"),
+        ("check", "status:check", "check settings, addresses and handlers, and list all mistakes at once"),
     ):
         command = _add(commands, name, run, sentence, _TARGET)
         command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
         _add_settings(command)
+        if name == "run":
+            command.add_argument("--reload", action="store_true", help="reload when code or settings change")
     _add_changes(commands)
-    status = _add(commands, "status", "look:status", "tell about master, workers, listeners and deaths", _RUNNING)
-    status.add_argument("--json", action="store_true", help="as one JSON object")
-    _add_clients(_add(commands, "clients", "clients:clients", "list the online clients, or close some", _RUNNING))
-    scale = _add(commands, "scale", "lifecycle:scale", "change the number of workers of a running daemon", _RUNNING)
+    _add_views(commands)
+    _add_clients(_add(commands, "clients", "clients:clients", "list the connected clients, or close some", _RUNNING))
+    scale = _add(
+        commands,
+        "scale",
+        "lifecycle:scale",
+        "change the number of workers of a running daemon, until a restart",
+        _RUNNING,
+    )
     scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
-    _add_once(_add(commands, "once", "single:once", "serve exactly one client, in a process of its own", _TARGET))
+    _add_once(_add(commands, "once", "once:once", "serve exactly one client, in a process of its own", _TARGET))
     _add_call(_add(commands, "call", "call:call", "send one request and print its answer, or give up in time"))
-    schema = _add(commands, "schema", "look:schema", "print the JSON Schema of a settings file, for editors")
-    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
-    completion = _add(commands, "completion", "look:completion", "print a shell's completion of this command line")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
+    _add_files(commands)
     return parser
+
+
+def _add_views(commands: _Commands) -> None:
+    """The commands that show how daemons are."""
+    status = _add(commands, "status", "status:status", "show master, workers, listeners and deaths", _RUNNING)
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    doctor = _add(
+        commands,
+        "doctor",
+        "doctor:doctor",
+        "tell what is wrong on this machine, or soon will be, and what to do",
+        "the daemon, also one that does not run; default: all that run",
+    )
+    doctor.add_argument("--json", action="store_true", help="as one JSON object")
+    top = _add(commands, "top", "top:top", "show the status live, and close clients or scale by keys", _RUNNING)
+    top.add_argument("--once", action="store_true", help="print one picture as text")
+    logs = _add(commands, "logs", "logs:logs", "print the end of the log, and follow it", _RUNNING)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what comes, also after a rotation")
+    logs.add_argument("-n", "--lines", metavar="N", type=_number, default=20, help="how many lines; default: 20")
+    listing = _add(commands, "list", "daemons:list_daemons", "list all daemons on this machine that you may see")
+    listing.add_argument("--json", action="store_true", help="as a list of JSON objects")
+
+
+def _add_files(commands: _Commands) -> None:
+    """The commands that print or write files."""
+    schema = _add(commands, "schema", "files:schema", "print the JSON Schema of a settings file, for editors")
+    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
+    completion = _add(commands, "completion", "files:completion", "print a shell's completion of this command line")
+    completion.add_argument("shell", choices=SHELLS)
+    init = _add(commands, "init", "develop:init", "begin a project: settings, a handler, its test, a unit of systemd")
+    init.add_argument("directory", metavar="DIR", help="where to; made if it is missing; its name is the project's")
+    files = _add(commands, "files", "files:files", "write systemd's units, example settings and completions")
+    files.add_argument("directory", metavar="DIR", help="where to; made if it is missing")
 
 
 def _add_changes(commands: _Commands) -> None:
     """The commands that change a running daemon as a whole."""
     stop = _add(commands, "stop", "lifecycle:stop", "let open connections end, then end; return when done", _RUNNING)
     stop.add_argument("--now", action="store_true", help="close open connections at once")
+    for name, sentence in (
+        ("drain", "have load balancers send no more clients; those that are here stay, and new ones are served"),
+        ("resume", "undo a drain: have load balancers send clients again"),
+    ):
+        _add(commands, name, f"lifecycle:{name}", sentence, _RUNNING)
     reload = _add(
         commands,
         "reload",
         "lifecycle:reload",
-        "read the settings anew and boot new workers, or change nothing",
+        "read the settings again and boot new workers, or change nothing",
         _RUNNING,
     )
-    reload.add_argument("--diff", action="store_true", help="only tell which settings would change")
+    reload.add_argument("--diff", action="store_true", help="only show which settings would change")
     _add(
         commands,
         "upgrade",
         "lifecycle:upgrade",
-        "go over to the code that is installed now, under the same PID",
+        "change to the code that is installed now, under the same PID",
         _RUNNING,
     )
 
@@ -128,14 +185,14 @@ def _add(commands: _Commands, name: str, run: str, sentence: str, target: str = 
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=sentence, description=described, allow_abbrev=False
     )
-    command.set_defaults(run=_later(run))
+    command.set_defaults(run=_import_later(run))
     if target:
         command.add_argument("target", metavar="TARGET", nargs="?", help=target)
-        _add_identity(command)
+        _add_daemon_options(command)
     return command
 
 
-def _add_identity(command: argparse.ArgumentParser) -> None:
+def _add_daemon_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", help="the daemon's name")
     command.add_argument("--run-directory", metavar="DIR", help="where the pid file and the control socket are")
 
@@ -146,8 +203,8 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         action="append",
         default=[],
-        help="where to listen: tcp://HOST:PORT, unix:/path, unix:@name or fd:NAME; repeatable. With a file, the first "
-        "replaces the address of its first listener, and so on",
+        help="where to listen: tcp://HOST:PORT, udp://HOST:PORT, unix:/path, unix:@name, unix-dgram:/path or fd:NAME; "
+        "repeatable. With a file, the first replaces the address of its first listener, and so on",
     )
     command.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     command.add_argument(
@@ -164,8 +221,8 @@ def _add_once(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--foreground", action="store_true", help="serve in this process; its exit status is the handler's verdict"
     )
-    command.add_argument("--json", action="store_true", help="tell address and pid as one JSON object")
-    command.add_argument("--timeout", metavar="TIME", help="how long the client may take to come; then status 124")
+    command.add_argument("--json", action="store_true", help="print address and pid as one JSON object")
+    command.add_argument("--timeout", metavar="TIME", help="how long the client may take to connect; then status 124")
     command.add_argument(
         "--from",
         dest="networks",
@@ -197,13 +254,13 @@ def _add_clients(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--listener", metavar="ADDRESS", help="only those of this listener, as `status` shows it")
     kill = command.add_mutually_exclusive_group()
-    kill.add_argument("--kill", metavar="ID", type=_identity, help="close the connection of this ID")
+    kill.add_argument("--kill", metavar="ID", type=_client_id, help="close the connection of this ID")
     kill.add_argument(
         "--kill-ip", metavar="NETWORK", help="close all connections from this address or network, as in 10.0.0.0/8"
     )
 
 
-def _identity(text: str) -> int:
+def _client_id(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 20 and 0 < int(text) < 1 << 64):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no ID; `forkd clients` shows them")
     return int(text)
@@ -221,7 +278,7 @@ def _add_call(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--timeout",
         metavar="TIME",
-        help="how long a try waits for an answer; over a stream, how long nothing may go either way; default: 1s",
+        help="how long a try waits for an answer, or over a stream for a byte in either direction; default: 1s",
     )
     command.add_argument(
         "--retries",
@@ -233,15 +290,14 @@ def _add_call(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--deadline",
         metavar="TIME",
-        help="how long all of it may take, however it goes on; default: 1m for streams, for datagrams what the tries "
-        "take",
+        help="how long the whole call may take; default: 1m for streams, for datagrams what the tries take",
     )
     command.add_argument("--hex", action="store_true", help="DATA is hexadecimal, and so is what is printed")
     command.add_argument(
         "--until",
         metavar="DELIMITER",
-        help=r"streams: where the answer ends, with \n, \r, \t, \0, \\ and \xHH for bytes; default: the request's end "
-        "is told by half closing, and the answer ends with the connection",
+        help=r"streams: where the answer ends, with \n, \r, \t, \0, \\ and \xHH for bytes; default: our side is "
+        "closed after the request (half-close), and the answer ends with the connection",
     )
     command.add_argument("--rdp", action="store_true", help="udp: a reliable request (docs/rdp.md)")
 
@@ -252,7 +308,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _later(name: str) -> Callable[[argparse.Namespace], int]:
+def _import_later(name: str) -> Callable[[argparse.Namespace], int]:
     """The function `module:function` of this package, imported when it is called."""
 
     def run(command: argparse.Namespace) -> int:

@@ -8,20 +8,22 @@ Each call has one deadline for all that it does, which it keeps by poll(2) whate
 mode is; those are left as they are. What is received is never more than was asked for, so the calls mix with each other
 and with the socket's own methods. TLS sockets (ssl.SSLSocket) work as well; one of those is for one thread at a time.
 
-Errors of the connection itself (ConnectionResetError and other OSErrors) come as the system tells them.
+Errors of the connection itself (ConnectionResetError and other OSErrors) are raised as the system reports them.
+
+There is one module: `blocking`.
 """
 
-from forkd.client.calls import (
+from forkd.client.blocking import (
     LIMIT,
     EndOfStream,
     LimitExceeded,
     ReceiveTimeout,
     SendTimeout,
+    connect,
     recv_exactly,
     recv_until,
     send_all,
 )
-from forkd.client.connecting import connect
 
 __all__ = [
     "LIMIT",

@@ -1,7 +1,7 @@
 """Addresses as users write them: `tcp://HOST:PORT`, `udp://HOST:PORT`, `unix:/path`, `unix:@abstract`,
 `unix-dgram:/path`, `unix-dgram:@abstract`, `fd:NAME-or-NUMBER`.
 
-Parsing only: nothing is resolved, bound or looked up here.
+They are parsed and shown here; nothing is resolved, bound or looked up.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ class Address:
 
     @property
     def abstract(self) -> bool:
-        """Whether it lives in Linux's abstract namespace, where no file stands for it (unix(7))."""
+        """Whether it is a name in Linux's abstract namespace, which is no file (unix(7))."""
         return self.is_unix and self.path.startswith("@")
 
     @property
     def is_unix(self) -> bool:
-        """Whether it is of unix(7)."""
+        """Whether it is a unix socket's."""
         return self.scheme in ("unix", "unix-dgram")
 
     @property
     def takes_datagrams(self) -> bool:
-        """Whether datagrams come there rather than connections; of an `fd:` address its socket alone knows."""
+        """Whether it is for datagrams rather than connections; of an `fd:` address only the socket can tell."""
         return self.scheme in ("udp", "unix-dgram")
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def parse_address(text: str) -> Address:
     """The address that `text` names.
 
     Raises:
-        ValueError: it is of none of the forms; the message says what is wanted.
+        ValueError: it has none of the forms; the message says what is wanted.
     """
     scheme, separator, rest = text.partition(":")
     if separator and (internet := _INTERNET_SCHEMES.get(scheme)) and rest.startswith("//"):
@@ -93,7 +93,7 @@ def _parse_internet(text: str, scheme: Literal["tcp", "udp"], rest: str) -> Addr
     match = _INTERNET.fullmatch(rest)
     if match is None or not rest.isprintable():
         if rest.count(":") > 1 and "[" not in rest:
-            raise ValueError(f"{text!r}: an IPv6 host stands in brackets, as in {scheme}://[::1]:7007")
+            raise ValueError(f"{text!r}: an IPv6 host is written in brackets, as in {scheme}://[::1]:7007")
         if ":" not in rest.rpartition("]")[2]:
             raise ValueError(f"{text!r} has no port; write {scheme}://HOST:PORT, with port 0 for any free one")
         raise ValueError(f"{text!r} is not an address; write {scheme}://HOST:PORT, as in {scheme}://127.0.0.1:7007")

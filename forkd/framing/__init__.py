@@ -5,8 +5,13 @@
             self.send_message(message.upper())
 
 A read may bring part of a message or a hundred of them: `message_received` is called once for each, whole, in order.
-The bases are plain asyncio protocols, for forkd and for any other loop. Each is a thin coat over a framing object
-(`LineFraming`, `FixedSizeFraming`, `LengthPrefixFraming`) that knows no socket and no loop, for who wants just that.
+The bases are plain asyncio protocols, for forkd and for any other loop. Each is a thin layer over a framing object
+(`LineFraming`, `FixedSizeFraming`, `LengthPrefixFraming`), which knows no socket and no loop and can be used alone.
+
+In reading order:
+
+* `formats`: the framings.
+* `protocols`: the bases for protocols.
 """
 
 from forkd.framing.formats import (

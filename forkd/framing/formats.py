@@ -1,10 +1,11 @@
-"""How messages are told apart in a stream of bytes, as objects that know no socket and no loop: bytes in, messages out.
+"""Framings: how messages are told apart in a stream of bytes. They know no socket and no loop: bytes in, messages out.
 
-The same bytes give the same messages however they are cut, and at a message that is over the limit the same end.
+The same bytes give the same messages however they are cut, and the same error at a message that is over the limit.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 #: Bytes of one message at most, where a class says nothing else.
@@ -16,7 +17,7 @@ class MessageTooLong(ConnectionAbortedError):
 
     Attributes:
         limit: the limit.
-        length: how long the message says it is, behind a length; None for a line, whose end nobody has seen.
+        length: how long the message says it is, behind a length; None for a line, whose end has not come.
     """
 
     def __init__(self, limit: int, length: int | None = None) -> None:
@@ -26,7 +27,7 @@ class MessageTooLong(ConnectionAbortedError):
         self.length = length
 
 
-class Framing:
+class Framing(ABC):
     """Bytes in any portions in, messages out, one at a time. The cost is linear however small the portions are."""
 
     def __init__(self) -> None:
@@ -36,21 +37,21 @@ class Framing:
         """Takes what was read."""
         self._buffer += data
 
+    @abstractmethod
     def next_message(self) -> bytes | None:
         """The next whole message; None while there is none.
 
         Raises:
             MessageTooLong: the next one is over the limit. There is no way on from there.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, message: bytes) -> bytes:
         """The bytes that stand for a message.
 
         Raises:
             ValueError: the framing can't carry this one.
         """
-        raise NotImplementedError
 
     def take_unread(self) -> bytes:
         """What is not yet part of a message that was handed out, which is then forgotten here."""

@@ -1,26 +1,36 @@
-"""The framings as bases of protocols, and what lies between a transport and messages: pausing, closing and handing over
-in the middle of what one read brought, and the end of file.
+"""Bases of protocols whose messages are framed: `LineProtocol`, `FixedSizeProtocol`, `LengthPrefixProtocol`.
+
+`FramedProtocol` does what is between a transport and messages: pausing, closing and handing over in the middle of what
+one read brought, and the end of file. Users' handlers derive from these; forkd itself calls them as any protocol.
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
+from math import inf
+from time import monotonic
 from typing import ClassVar, Literal
 
 from forkd.framing.formats import LIMIT, FixedSizeFraming, Framing, LengthPrefixFraming, LineFraming, MessageTooLong
 
+#: Seconds for which messages of one connection are delivered at a time; then the others of the loop have their turn.
+TURN = 0.0005
 
-class FramedProtocol(asyncio.Protocol):
+
+class FramedProtocol(asyncio.Protocol, ABC):
     """The base of the three below. Of asyncio's calls it takes `data_received` and `eof_received` for itself; a
     subclass that overrides `connection_made`, `connection_lost`, `pause_writing` or `resume_writing` calls the base's.
 
     * Messages stop when the transport is closed or aborted, also in the middle of what one read brought.
+    * Where a read brings many, the loop turns between them, and meanwhile no more is read: a client that sends much at
+      once does not hold up the others.
     * After `pause_reading()` (the protocol's own, not the transport's) what was read already is held back too, and the
-      end of file; `resume_reading()` lets them come, soon but never from within that call. A client that does not read
-      its answers is not heard meanwhile, by the same means.
+      end of file; `resume_reading()` lets them come, soon but never from within that call. Nothing is delivered from
+      a client that does not read its answers either, by the same means.
     * Another protocol that takes over (`transport.set_protocol`) finds what this one has not used in `take_unread()`.
-      Who begins TLS pauses first, and drops or refuses what a client has sent behind its request for it: taken for
-      part of the encrypted stream, it would be anybody's words (RFC 3207, section 6).
+      A protocol that begins TLS pauses first, and drops or refuses what a client has sent behind its request for it:
+      taken for part of the encrypted stream, it could be an attacker's words (RFC 3207, section 6).
 
     Attributes:
         transport: the connection, from `connection_made` on.
@@ -34,14 +44,15 @@ class FramedProtocol(asyncio.Protocol):
             cls._make_framing()
 
     @classmethod
+    @abstractmethod
     def _make_framing(cls) -> Framing:
-        raise NotImplementedError
+        """What tells the messages apart. Raises ValueError for attributes of the class that make no framing."""
 
     # For subclasses to write
 
+    @abstractmethod
     def message_received(self, message: bytes) -> None:
         """A message has come, whole."""
-        raise NotImplementedError
 
     def message_too_long(self, error: MessageTooLong) -> None:
         """The next message is over the limit. May say so to the client and close the transport; if it does not close
@@ -68,13 +79,13 @@ class FramedProtocol(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         """Neither reads nor delivers from now on."""
-        self._held = True
+        self._delivery_paused = True
         self.transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Delivers what was held back, then reads again."""
-        self._held = False
-        self._loop.call_soon(self._go_on)
+        self._delivery_paused, self._reads_on = False, True
+        self._continue_soon()
 
     def take_unread(self) -> bytes:
         """What was read and is not part of a message that was delivered; it is the caller's from now on."""
@@ -87,54 +98,83 @@ class FramedProtocol(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.transport = transport  # type: ignore[assignment]
         self._framing = self._make_framing()
-        self._held = False  # by pause_reading, or since another protocol is in charge
-        self._choked = False  # by pause_writing
-        self._ended = False  # an end of file that is held back
+        self._delivery_paused = False  # by pause_reading, or because another protocol is in charge
+        self._writing_paused = False  # by pause_writing
+        self._end_is_due = False  # whether an end of file is held back
+        self._continues = False  # whether the loop will deliver what was read, before more is
+        self._reads_on = False  # whether the transport is to read on when that is done
 
     def connection_lost(self, error: Exception | None) -> None:
         """Forgets what was held back."""
         self._framing.take_unread()
 
     def pause_writing(self) -> None:
-        """Hears no more from a client that does not read."""
-        self._choked = True
+        """Reads no more from a client that does not read."""
+        self._writing_paused = True
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """Hears it again."""
-        self._choked = False
-        self._loop.call_soon(self._go_on)
+        """Reads from it again."""
+        self._writing_paused, self._reads_on = False, True
+        self._continue_soon()
 
     def data_received(self, data: bytes) -> None:
         """Delivers the messages that are whole now."""
         self._framing.feed(data)
-        self._deliver()
+        if self._continues:
+            self._pause_transport()
+        else:
+            self._deliver()
 
     def eof_received(self) -> bool | None:
         """Ends, or keeps the end for when the messages before it may be delivered."""
-        if self._held or self._choked:
-            self._ended = True
+        if self._continues and self.transport.get_extra_info("ssl_object") is not None:
+            self._deliver(inf)  # asyncio's TLS closes after this call, whatever it returns
+        elif self._continues:
+            self._end_is_due = True
+            return True
+        if self._delivery_paused or self._writing_paused:
+            self._end_is_due = True
             return True
         return self._end()
 
-    def _deliver(self) -> None:
+    def _deliver(self, until: float = 0.0) -> bool:
+        """Delivers messages until this time, 0: for a turn from the second one on, since most reads bring one, which
+        then needs no clock; whether another protocol has taken over that reading is for.
+        """
         transport, framing = self.transport, self._framing
         # On TLS that began on an open connection the transport known here may not be the one that calls yet. So what
         # counts is whether another protocol takes over meanwhile, not which one is in charge.
         in_charge = transport.get_protocol()
-        while not (self._held or self._choked or transport.is_closing()):
+        first = not until
+        while not (self._delivery_paused or self._writing_paused or transport.is_closing()):
             try:
                 message = framing.next_message()
             except MessageTooLong as error:
-                self._give_up(error)
-                return
+                self._refuse_message(error)
+                return False
             if message is None:
-                return
+                return False
+            if first:
+                first = False
+            elif not until:
+                until = monotonic() + TURN
             self.message_received(message)
             if transport.get_protocol() is not in_charge:
-                self._held = True
+                paused, self._delivery_paused = self._delivery_paused, True
+                return not paused
+            if until and monotonic() > until:
+                self._pause_transport()
+                self._continue_soon()
+                break
+        return False
 
-    def _give_up(self, error: MessageTooLong) -> None:
+    def _pause_transport(self) -> None:
+        if self.transport.is_reading():  # else the handler has paused it, or this protocol
+            self.transport.pause_reading()
+            self._reads_on = True
+
+    def _refuse_message(self, error: MessageTooLong) -> None:
         self._framing.take_unread()
         self.message_too_long(error)
         if not self.transport.is_closing():
@@ -145,16 +185,28 @@ class FramedProtocol(asyncio.Protocol):
             self.unfinished_received(rest)
         return self.messages_ended()
 
-    def _go_on(self) -> None:
+    def _read_on(self) -> None:
+        if self._reads_on:
+            self._reads_on = False
+            self.transport.resume_reading()
+
+    def _continue_soon(self) -> None:
+        if not self._continues:
+            self._continues = True
+            self._loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
         """Delivers what was held back; reads again when nothing is."""
+        self._continues = False
         if self.transport.is_closing():
             return
         try:
-            self._deliver()
-            if self._held or self._choked or self.transport.is_closing():
+            if self._deliver(monotonic() + TURN):
+                self._read_on()
+            if self._delivery_paused or self._writing_paused or self._continues or self.transport.is_closing():
                 return
-            if not self._ended:
-                self.transport.resume_reading()
+            if not self._end_is_due:
+                self._read_on()
             elif not self._end():
                 self.transport.close()
         except (SystemExit, KeyboardInterrupt):
@@ -168,7 +220,7 @@ class FramedProtocol(asyncio.Protocol):
 
 def _abort_with(transport: asyncio.Transport, error: BaseException) -> None:
     """Aborts, so that `connection_lost` is called with the error. asyncio's transports, uvloop's and forkd's all have a
-    method for that, though not a public one. Of another kind of transport the protocol hears None, and so it does over
+    method for that, though not a public one. With another kind of transport it is called with None, and so it is over
     TLS, whose method fails in Python 3.11.
     """
     force_close = getattr(transport, "_force_close", None)

@@ -6,18 +6,17 @@ import asyncio
 from random import Random, SystemRandom
 from typing import Self
 
-from forkd.rdp.requester import Ended, Requester
-from forkd.rdp.timers import LARGEST, Timers
-from forkd.rdp.verdict import address_text, answer_of, timers_for
-from forkd.rdp.waking import Waking
+from forkd.rdp.errors import address_text, answer_of
+from forkd.rdp.requester import RequestEnded, Requester
+from forkd.rdp.timers import LARGEST, LoopTimer, Timers, timers_for
 
 _ids = SystemRandom()
 
 
 class AsyncRdpClient(asyncio.DatagramProtocol):
-    """A client of one server; an asynchronous context manager. The first request opens the socket if need be.
+    """A client of one server; an asynchronous context manager. The first request opens the socket if it is not open.
 
-    While it is open it acknowledges repeated answers again. The arguments are those of `RdpClient`.
+    While the socket is open, repeated answers are acknowledged again. The arguments are those of `RdpClient`.
     """
 
     def __init__(
@@ -33,12 +32,12 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
         self._host, self._port = host, port
         self._where = address_text(host, port)
         self._requester = Requester(timers_for(timers, timeout, retries), limit, Random())  # noqa: S311 - jitter
-        self._waiters: dict[int, asyncio.Future[Ended]] = {}
+        self._waiters: dict[int, asyncio.Future[RequestEnded]] = {}
         self._opening: asyncio.Task[None] | None = None
         self._transport: asyncio.DatagramTransport | None = None
         self._closed = False
         self._errors = 0  # ICMP errors so far
-        self._waking: Waking | None = None
+        self._timer: LoopTimer | None = None
 
     async def request(self, payload: bytes) -> bytes:
         """Sends a request and returns its answer.
@@ -66,8 +65,8 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
         self._closed = True
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
-        if self._waking is not None:
-            self._waking.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -83,7 +82,7 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
         self.close()
 
     async def _open(self) -> None:
-        """Opens the socket once, whoever asks; one that could not be opened is tried again by the next request."""
+        """Opens the socket once for all requests; after a failure the next request tries again."""
         if self._transport is None and not self._closed:
             if self._opening is None or self._opening.done():
                 self._opening = asyncio.get_running_loop().create_task(self._connect())
@@ -95,7 +94,7 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
-        self._waking = Waking(loop, self._expire)
+        self._timer = LoopTimer(loop, self._expire)
         self._transport, _ = await loop.create_datagram_endpoint(lambda: self, remote_addr=(self._host, self._port))
 
     def datagram_received(self, data: bytes, addr: object) -> None:
@@ -112,7 +111,7 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
     def _expire(self, now: float) -> None:
         self._finish(*self._requester.expire(now))
 
-    def _finish(self, packets: list[bytes], ended: list[Ended]) -> None:
+    def _finish(self, packets: list[bytes], ended: list[RequestEnded]) -> None:
         self._send(packets)
         for one in ended:
             waiter = self._waiters.get(one.id)
@@ -120,7 +119,7 @@ class AsyncRdpClient(asyncio.DatagramProtocol):
                 waiter.set_result(one)
 
     def _send(self, packets: list[bytes]) -> None:
-        if self._transport is not None and self._waking is not None:
+        if self._transport is not None and self._timer is not None:
             for packet in packets:
                 self._transport.sendto(packet)
-            self._waking.at(self._requester.deadline)
+            self._timer.set(self._requester.deadline)

@@ -7,13 +7,15 @@ from random import Random, SystemRandom
 from time import monotonic
 from typing import Self
 
+from forkd import LONGEST_WAIT
+from forkd.rdp.errors import address_text, answer_of
 from forkd.rdp.packets import LARGEST_PACKET
-from forkd.rdp.requester import Ended, Requester
-from forkd.rdp.timers import LARGEST, Timers
-from forkd.rdp.verdict import address_text, answer_of, timers_for
+from forkd.rdp.requester import RequestEnded, Requester
+from forkd.rdp.timers import LARGEST, Timers, timers_for
 
 _ids = SystemRandom()
-#: Datagrams that are looked at before a request and at the end: repeated answers, whose acknowledgement was lost.
+
+#: Datagrams that are read before a request and at the end: repeated answers, whose acknowledgement was lost.
 _LEFTOVERS = 64
 
 
@@ -26,12 +28,12 @@ class RdpClient:
         timeout: the first try's time in seconds, at least (it is drawn between this and 1.5 times it); each further try
             gets twice the time of the one before.
         retries: how many further tries.
-        timers: all the numbers; `timeout` and `retries` win over it.
+        timers: all the numbers; `timeout` and `retries` replace its own.
         limit: bytes of the largest answer that is taken.
 
     Raises:
         OSError: the name is not known, or there is no route.
-        ValueError: a time or a number that makes no sense.
+        ValueError: a time or a number is out of range.
     """
 
     def __init__(
@@ -89,12 +91,12 @@ class RdpClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wait(self) -> list[Ended]:
-        """Takes one datagram, or does what is due."""
+    def _wait(self) -> list[RequestEnded]:
+        """Receives one datagram, or does what is due; the requests that have ended by it."""
         deadline = self._requester.deadline
         left = 0.0 if deadline is None else deadline - monotonic()
         if left > 0:
-            self._socket.settimeout(left)
+            self._socket.settimeout(min(left, LONGEST_WAIT))
             data = self._receive(0)
             if data is not None:
                 packets, ended = self._requester.receive(monotonic(), data)
@@ -105,7 +107,7 @@ class RdpClient:
         return ended
 
     def _receive(self, flags: int) -> bytes | None:
-        """A datagram; None when there is none in time, or an ICMP error instead: it may be forged, and is not final."""
+        """A datagram; None: none came in time; empty: an ICMP error, which may be forged and is not final."""
         try:
             return self._socket.recv(LARGEST_PACKET + 1, flags)
         except (TimeoutError, BlockingIOError):
@@ -124,7 +126,7 @@ class RdpClient:
                 self._unreachable = True
 
     def _acknowledge_again(self) -> None:
-        """Looks at what came since the last request."""
+        """Reads what came since the last request, and acknowledges repeated answers again."""
         self._socket.settimeout(0)
         for _ in range(_LEFTOVERS):
             if (data := self._receive(socket.MSG_DONTWAIT)) is None:

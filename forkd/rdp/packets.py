@@ -1,7 +1,8 @@
-"""The packets on the wire, as docs/rdp.md has them: numbers in network byte order, one size a kind but for payloads.
+"""The packets on the wire, as docs/rdp.md has them: numbers in network byte order, a fixed size for each kind but for
+payloads.
 
-`decode` refuses whatever is not exactly one well-formed packet with `BadPacket`, and raises nothing else; what it
-returns is consistent in itself (a part's number and size fit the length announced).
+`decode` refuses all that is not exactly one well-formed packet with `BadPacket`, and raises nothing else; what it
+returns is consistent in itself (a part's number and size fit the length announced). The state machines call both.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Data(NamedTuple):
     payload: bytes
 
 
-class State(NamedTuple):
+class ExchangeState(NamedTuple):
     """What of the request has arrived (kind RECEIVED), or of the answer (TAKEN).
 
     All parts below `first_missing` are there, and part `first_missing + 1 + n` where bit n of `ahead` is set. `prove`
@@ -60,31 +61,32 @@ class State(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """The request is not, or not any more, to be answered."""
+    """The request gets no answer."""
 
     id: int
     reason: int
 
 
 def parts_of(length: int) -> int:
-    """How many parts a payload of so many bytes has; an empty one has one."""
+    """How many parts a payload of `length` bytes has; an empty one has one."""
     return max(1, -(-length // PART))
 
 
-def encode(packet: Data | State | Refusal) -> bytes:
+def encode(packet: Data | ExchangeState | Refusal) -> bytes:
+    """The datagram for a packet."""
     if isinstance(packet, Data):
         kind, message, token, length, part, payload = packet
         return _DATA.pack(MARK, kind, message, token, length, part) + payload
-    if isinstance(packet, State):
+    if isinstance(packet, ExchangeState):
         return _STATE.pack(MARK, *packet)
     return _REFUSAL.pack(MARK, REFUSED, *packet)
 
 
-def decode(data: bytes) -> Data | State | Refusal:
-    """One datagram's packet.
+def decode(data: bytes) -> Data | ExchangeState | Refusal:
+    """The packet in a datagram.
 
     Raises:
-        BadPacket: it is none.
+        BadPacket: there is none.
     """
     if len(data) < 2 or data[0] != MARK:
         raise BadPacket("it does not begin with the mark of version 1")
@@ -112,8 +114,8 @@ def _data(data: bytes) -> Data:
     return Data(kind, message, token, length, part, data[DATA_HEADER:])
 
 
-def _state(data: bytes) -> State:
+def _state(data: bytes) -> ExchangeState:
     _, kind, message, token, first_missing, ahead, flags = _STATE.unpack(data)
     if flags & ~_PROVE:
         raise BadPacket(f"flags {flags:#x} are not known")
-    return State(kind, message, token, first_missing, ahead, bool(flags))
+    return ExchangeState(kind, message, token, first_missing, ahead, bool(flags))

@@ -31,7 +31,7 @@ class Incoming:
         self._ahead: dict[int, bytes] = {}
 
     def add(self, part: int, payload: bytes) -> None:
-        """Takes a part; one that is there already, or too far ahead for an acknowledgement to name, is dropped."""
+        """Takes a part; drops one that is there already, or too far ahead for an acknowledgement to name."""
         offset = part - self.first_missing
         if offset > 0:
             if offset <= AHEAD and part not in self._ahead:
@@ -48,9 +48,11 @@ class Incoming:
 
     @property
     def whole(self) -> bool:
+        """Whether all parts have arrived."""
         return self.first_missing == self.count
 
     def payload(self) -> bytes:
+        """The payload, once it is whole."""
         return self._parts[0] if self.count == 1 else b"".join(self._parts)
 
 
@@ -59,13 +61,13 @@ class Outgoing:
 
     Attributes:
         deadline: when `expire` is to be called; None while nothing is under way.
-        tries: how often something was sent since the other side was last heard.
-        exhausted: whether it was tried as often as it may be.
+        tries: how often something was sent since the other side last acknowledged.
+        exhausted: whether it was sent as often as the timers allow.
     """
 
     __slots__ = (
-        "_cut", "_estimate", "_first_time", "_flight", "_fresh", "_last_heard", "_lost", "_missing", "_order",
-        "_resent", "_taken", "_timers", "_variation", "count", "deadline", "exhausted", "payload", "tries", "window",
+        "_arrived", "_cut", "_estimate", "_first_time", "_flight", "_fresh", "_last_heard", "_lost", "_missing",
+        "_order", "_resent", "_timers", "_variation", "count", "deadline", "exhausted", "payload", "tries", "window",
     )  # fmt: skip
 
     def __init__(self, payload: bytes, timers: Timers, random: Random, *, window: int = FIRST_WINDOW) -> None:
@@ -81,7 +83,7 @@ class Outgoing:
         self._variation = 0.0
         self._last_heard: float | None = None
         self._missing = 0  # the first part that is not known to have arrived
-        self._taken: set[int] = set()  # those after it that are
+        self._arrived: set[int] = set()  # those after it that are
         self._flight: dict[int, tuple[int, float]] = {}  # part: its place in the order of sending, and when
         self._order = 0
         self._lost: list[int] = []
@@ -91,6 +93,7 @@ class Outgoing:
 
     @property
     def done(self) -> bool:
+        """Whether all parts have been acknowledged."""
         return self._missing == self.count
 
     def send(self, now: float) -> list[int]:
@@ -101,7 +104,7 @@ class Outgoing:
         while len(self._flight) < int(self.window):
             if self._lost:
                 part = heappop(self._lost)
-                if part < self._missing or part in self._taken or part in self._flight:
+                if part < self._missing or part in self._arrived or part in self._flight:
                     continue
                 self._resent.add(part)
             elif self._fresh < min(self.count, self._missing + AHEAD + 1):
@@ -119,17 +122,17 @@ class Outgoing:
         return parts
 
     def acknowledge(self, now: float, first_missing: int, ahead: int) -> bool:
-        """Notes what has arrived; what was never sent is not believed.
+        """Notes what has arrived; an acknowledgement of parts that were never sent is ignored.
 
         Returns:
-            Whether any of it is news.
+            Whether any of it is new.
         """
         if first_missing + ahead.bit_length() > self._fresh - bool(ahead):
             return False
         offset = first_missing + 1
         news = [
             part
-            for part in {*self._flight, *self._lost} - self._taken
+            for part in {*self._flight, *self._lost} - self._arrived
             if part < first_missing or (part >= offset and ahead >> part - offset & 1)
         ]
         progress = bool(news) or first_missing > self._missing
@@ -137,7 +140,7 @@ class Outgoing:
             return False
         latest = 0
         for part in news:
-            self._taken.add(part)
+            self._arrived.add(part)
             if part in self._flight:
                 order, sent = self._flight.pop(part)
                 latest = max(latest, order)
@@ -145,7 +148,7 @@ class Outgoing:
                     self._measure(now - sent)
         if first_missing > self._missing:
             self._missing = first_missing
-            self._taken = {part for part in self._taken if part >= first_missing}
+            self._arrived = {part for part in self._arrived if part >= first_missing}
         self.tries, self.exhausted, self._last_heard = 1, False, now
         self.window = min(LARGEST_WINDOW, self.window + len(news))
         self._find_lost(now, latest)
@@ -153,10 +156,10 @@ class Outgoing:
         return True
 
     def expire(self, now: float) -> None:
-        """Takes what is under way for lost when its time is up, or notes that it was tried often enough."""
+        """When its time is up, counts what is under way as lost, or notes that it was sent often enough."""
         if self.deadline is None or now < self.deadline:
             return
-        if self.tries > self._timers.max_retransmit and (self._estimate is None or now >= self._patience()):
+        if self.tries > self._timers.max_retransmit and (self._estimate is None or now >= self._give_up_at()):
             self.deadline, self.exhausted = None, True
             return
         self.tries += 1
@@ -164,7 +167,7 @@ class Outgoing:
         self.window = SILENT_WINDOW
 
     def revive(self) -> None:
-        """Sends what has not arrived again from now on, because the other side is there."""
+        """Begins again to send what has not arrived, because the other side was heard."""
         self._all_lost()
         self.tries, self.exhausted, self._last_heard = 1, False, None
         self.window = max(self.window, SILENT_WINDOW)
@@ -199,6 +202,6 @@ class Outgoing:
         estimated = max(self._timers.rto_minimum, self._estimate + 4 * self._variation)
         return min(estimated * backoff, self._first_time * float(2**self._timers.max_retransmit))
 
-    def _patience(self) -> float:
-        """When a silence is as long as a packet's that is sent `max_retransmit` times again by the first time."""
+    def _give_up_at(self) -> float:
+        """When the silence is as long as that after a single packet which was sent again `max_retransmit` times."""
         return (self._last_heard or 0.0) + self._first_time * (float(2 ** (self._timers.max_retransmit + 1)) - 1)

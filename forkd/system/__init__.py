@@ -1,1 +1,15 @@
-"""Thin edges to the operating system, each of which checks what it asked for; no policy lives here."""
+"""Thin edges to the operating system: each checks what it asked for; no policy is here.
+
+In reading order:
+
+* Sockets: `listeners` binds and hands over listening sockets, with `host_addresses` (all those of a host's name),
+  `udp_groups` (a datagram socket for each worker), `unix_paths` (paths taken over from dead owners), `inherited`
+  (sockets that the process was started with) and `socket_options`; `socket_stats` reads the kernel's tables.
+* Shared memory: `scoreboard` has a row for each worker and the accept times of its connections; `shared_counters` has
+  counts for limits, without a lock; `handler_metrics` has what handlers count.
+* Users and limits: `identity` looks them up, `privileges` drops them by `capabilities`, `rlimits` are resource limits;
+  `safe_paths` are those that no other user can lead elsewhere; `tls_files` are read for those who may not.
+* The process: `logs`, `log_writer` (held up by no reader), `process` (title, memory, processors, network namespace,
+  out-of-memory kills, the C library), `pidfile` (the lock, and where files are), `channel` (messages over a socket).
+* systemd: `notify` sends notifications, `fdstore` keeps listeners in its file descriptor store.
+"""

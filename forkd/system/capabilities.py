@@ -1,4 +1,7 @@
-"""Linux's capabilities (capabilities(7)), prctl(2), and what the kernel says of this process in /proc/self/status."""
+"""Linux's capabilities (capabilities(7)), prctl(2), and /proc/self/status, by which both are verified.
+
+Where there are none (another system than Linux) the functions do nothing. `privileges` decides what is dropped.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import errno
 import os
 import sys
 from enum import IntEnum
+
+from forkd.system.process import c_function, prctl
 
 _LINUX = sys.platform == "linux"
 
@@ -20,8 +25,9 @@ _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 
 
 class Capability(IntEnum):
-    """Those that the daemon needs for something (linux/capability.h)."""
+    """The capabilities that forkd looks at (linux/capability.h)."""
 
+    CHOWN = 0
     KILL = 5
     SETGID = 6
     SETUID = 7
@@ -30,8 +36,8 @@ class Capability(IntEnum):
     SYS_RESOURCE = 24
 
 
-class Status:
-    """What the kernel says of this process. The file is opened once: in a chroot there may be no /proc.
+class ProcStatus:
+    """/proc/self/status (proc_pid_status(5)). The file is opened once: in a chroot there may be no /proc.
 
     Raises:
         OSError: there is no /proc.
@@ -41,7 +47,7 @@ class Status:
         self._descriptor = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self) -> dict[str, str]:
-        """The lines of proc_pid_status(5) as they are now, by name. Raises OSError."""
+        """The lines as they are now, by name. Raises OSError."""
         lines = os.pread(self._descriptor, 65536, 0).decode(errors="replace").splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
@@ -51,9 +57,9 @@ class Status:
 
 
 def has_capability(one: Capability) -> bool:
-    """Whether this process may do what a capability allows; where that can't be told, whether it is root's."""
+    """Whether this process has a capability in effect; where there is no /proc, whether it is root's."""
     try:
-        status = Status()
+        status = ProcStatus()
     except OSError:
         return os.geteuid() == 0
     try:
@@ -62,19 +68,10 @@ def has_capability(one: Capability) -> bool:
         status.close()
 
 
-def prctl(option: int, argument: int = 0, second: int = 0) -> int:
-    """As prctl(2), where there is one; elsewhere 0. Raises OSError."""
-    if not _LINUX:
-        return 0
-    arguments = [ctypes.c_ulong(one) for one in (argument, second, 0, 0)]
-    result = int(ctypes.CDLL(None, use_errno=True).prctl(option, *arguments))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
 def drop_bounding_set() -> None:
-    """Gives up all that a program which is started could ever have. Raises OSError: EPERM without CAP_SETPCAP."""
+    """Empties the bounding set, which limits what any program started later can have. Raises OSError: EPERM without
+    CAP_SETPCAP.
+    """
     number = 0
     while _LINUX:
         try:
@@ -89,15 +86,14 @@ def drop_bounding_set() -> None:
 
 
 def clear_ambient_set() -> None:
-    """Gives up what a program that is started would have at once. Raises OSError."""
+    """Empties the ambient set, which a program started later would have at once. Raises OSError."""
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
 
 
 def drop_capabilities() -> None:
-    """Gives up the effective, permitted and inheritable sets: capset(2). Raises OSError."""
+    """Empties the effective, permitted and inheritable sets: capset(2). Raises OSError."""
     if not _LINUX:
         return
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     data = (ctypes.c_uint32 * 6)()
-    if ctypes.CDLL(None, use_errno=True).capset(header, data):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    c_function("capset", ctypes.c_void_p, ctypes.c_void_p)(header, data)

@@ -1,59 +1,65 @@
-"""Messages over a connected stream socket that never blocks: a worker's channel to the master, a client of the control
-socket, and the command line's end of it.
+"""Messages over a connected stream socket that never blocks: between a worker and the master, and on both ends of the
+control socket.
 
-What is sent waits here until the socket takes it, up to a bound; what comes is decoded by `wire`. End of file means
-that the other side is gone, and is how a worker learns that its master died.
+What is sent waits here until the socket takes it, up to a bound; what comes is cut into JSON objects, which `messages`
+decodes. Descriptors are only taken from a side that may send them. End of file means that the other side is gone, and
+is how a worker learns that its master died.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
 from collections.abc import Sequence
 
-from forkd.wire import LARGEST, Decoder, Message, WireError, encode
+from forkd.errors import system_reason
+from forkd.messages import LARGEST, JsonLines, JsonObject, MalformedLine, Message, encode
 
 _CHUNK = 65536
+_SO_PEERGROUPS = 59  # asm-generic/socket.h
+_MOST_OPTION = 1024  # bytes that Python's getsockopt takes
 
 #: Descriptors that one message carries at most (SCM_MAX_FD of unix(7)).
 MOST_DESCRIPTORS = 253
 
 
 class ChannelClosed(ConnectionError):
-    """The other side is gone, or is of no more use."""
+    """The other side is gone, or does not read."""
 
 
-class GarbledChannel(ChannelClosed):
-    """The other side said what is no message."""
+class MalformedInput(ChannelClosed):
+    """The other side sent what is no message."""
 
 
 class Channel:
-    """One end.
+    """One end of a connection.
 
     Args:
         sock: a connected stream socket; the channel owns it and makes it non-blocking.
         takes_descriptors: whether the other side may send descriptors; from one that may not, the kernel drops them.
+        largest: bytes of a message that comes at most.
 
     Attributes:
         takes_descriptors: as the argument.
-        descriptors: those that came and that nobody has taken yet, in the order of their messages; whoever takes one
-            owns it.
+        descriptors: those that came and were not taken yet, in the order of their messages; the caller that takes one
+            out owns it.
     """
 
-    def __init__(self, sock: socket.socket, *, takes_descriptors: bool = False) -> None:
+    def __init__(self, sock: socket.socket, *, takes_descriptors: bool = False, largest: int = LARGEST) -> None:
         if sock.fileno() >= 0:
             sock.setblocking(False)
         self._sock = sock
-        self._decoder = Decoder()
+        self._decoder = JsonLines(largest)
         self._out = bytearray()
         self.takes_descriptors = takes_descriptors
         self.descriptors: list[int] = []
 
     @classmethod
-    def of(cls, descriptor: int) -> Channel:
-        """The channel of a socket that another process image left open; a closed one for -1."""
+    def from_descriptor(cls, descriptor: int) -> Channel:
+        """The channel of a socket that an earlier image of this process left open; a closed one for -1."""
         if descriptor < 0:
             sock = socket.socket(socket.AF_UNIX)
             sock.close()
@@ -65,22 +71,22 @@ class Channel:
         return self._sock.fileno()
 
     @property
-    def waiting(self) -> bool:
-        """Whether something waits for the socket to be writable."""
+    def has_unsent(self) -> bool:
+        """Whether something waits until the socket is writable."""
         return bool(self._out)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message | JsonObject) -> None:
         """Sends, or keeps for `flush`.
 
         Raises:
-            ChannelClosed: the other side is gone, or lets more than `wire.LARGEST` bytes lie.
+            ChannelClosed: the other side is gone, or lets more than `messages.LARGEST` bytes lie.
         """
         if len(self._out) > LARGEST:
             raise ChannelClosed("the other side does not read")
         self._out += encode(message)
         self.flush()
 
-    def send_with(self, message: Message, descriptors: Sequence[int]) -> None:
+    def send_with_descriptors(self, message: Message | JsonObject, descriptors: Sequence[int]) -> None:
         """Sends a message, and copies of these descriptors with it (SCM_RIGHTS of unix(7)).
 
         Raises:
@@ -92,7 +98,7 @@ class Channel:
         try:
             sent = socket.send_fds(self._sock, [data], list(descriptors))
         except OSError as error:
-            raise ChannelClosed(str(error)) from None
+            raise ChannelClosed(system_reason(error)) from None
         self._out += data[sent:]
 
     def flush(self) -> None:
@@ -107,29 +113,29 @@ class Channel:
         except BlockingIOError:
             pass
         except OSError as error:
-            raise ChannelClosed(str(error)) from None
+            raise ChannelClosed(system_reason(error)) from None
 
-    def receive(self) -> list[Message]:
-        """The messages that one read completes; empty when there is nothing whole yet.
+    def receive(self) -> list[JsonObject]:
+        """The objects that one read completes; empty when there is nothing whole yet.
 
         Raises:
             ChannelClosed: end of file.
-            GarbledChannel: the other side said what is no message.
+            MalformedInput: the other side sent what is no message.
         """
         try:
-            data = self._receive_with() if self.takes_descriptors else self._sock.recv(_CHUNK)
+            data = self._receive_with_descriptors() if self.takes_descriptors else self._sock.recv(_CHUNK)
         except BlockingIOError:
             return []
         except OSError as error:
-            raise ChannelClosed(str(error)) from None
+            raise ChannelClosed(system_reason(error)) from None
         if not data:
             raise ChannelClosed("end of file")
         try:
             return self._decoder.feed(data)
-        except WireError as error:
-            raise GarbledChannel(str(error)) from None
+        except MalformedLine as error:
+            raise MalformedInput(str(error)) from None
 
-    def _receive_with(self) -> bytes:
+    def _receive_with_descriptors(self) -> bytes:
         data, descriptors, _, _ = socket.recv_fds(self._sock, _CHUNK, MOST_DESCRIPTORS)
         for descriptor in descriptors:  # recvmsg(2) without MSG_CMSG_CLOEXEC leaves them to programs that are started
             os.set_inheritable(descriptor, False)
@@ -137,7 +143,7 @@ class Channel:
         return data
 
     def close(self) -> None:
-        """Closes the socket, and the descriptors that nobody has taken. What still waits is lost."""
+        """Closes the socket, and the descriptors that were not taken. What still waits is lost."""
         self._sock.close()
         while self.descriptors:
             with contextlib.suppress(OSError):
@@ -145,11 +151,26 @@ class Channel:
 
 
 def channel_pair() -> tuple[Channel, Channel]:
-    """Two connected channels, for the two sides of a fork: ours and the child's. Either may send descriptors, but only
-    the child takes them unasked. Raises OSError.
+    """Two connected channels, for the two sides of a fork: ours and the child's. Only the child takes descriptors that
+    it did not ask for. Raises OSError.
     """
     ours, theirs = socket.socketpair()
     return Channel(ours), Channel(theirs, takes_descriptors=True)
+
+
+def peer_groups(sock: socket.socket) -> set[int]:
+    """The groups of the process that connected a unix socket (SO_PEERGROUPS of linux/socket.h); of one that
+    is in more than 256 the primary group alone. Raises OSError.
+    """
+    size = struct.calcsize("i")
+    _, _, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 3 * size))
+    try:
+        found = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_OPTION)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        found = b""
+    return {gid, *struct.unpack(f"{len(found) // size}i", found)}
 
 
 def peer_uid(sock: socket.socket) -> int:

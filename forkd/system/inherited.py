@@ -1,8 +1,8 @@
-"""Sockets that this process was started with: systemd's (sd_listen_fds(3)), an inetd's, or whoever's left one open.
+"""Sockets that this process was started with: by systemd (sd_listen_fds(3)), an inetd, or any other program.
 
 They are found by an `fd:` address and taken over, each once. They are never bound here, and no path is ever unlinked:
-whoever made them does that. What systemd says of them in the environment is taken out of it, so that no program that is
-started later believes it.
+the program that made them does that. systemd's variables are removed from the environment, so that no program that is
+started later takes them for its own. Sockets that systemd has only kept for us belong to `fdstore`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from forkd.errors import ForkdError
 from forkd.system.logs import same_file
 
 _FIRST = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
-#: How the names begin that the sockets have which systemd has kept for us (`store`); no `fd:` address has a space.
-STORED = "forkd "
+
+#: How the names of sockets begin that systemd has kept for us (`fdstore`); no `fd:` address has a space.
+STORED_PREFIX = "forkd "
 
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
@@ -30,13 +31,13 @@ _STARTED = os.getpid()
 
 
 @dataclass(frozen=True, slots=True)
-class Inherited:
+class InheritedSocket:
     """A socket that was taken over.
 
     Attributes:
         sock: the socket, non-blocking, not inheritable, and never one of the standard descriptors.
         number: the descriptor that it had.
-        standard: those of 0, 1 and 2 that led to it too; they lead nowhere now.
+        standard: those of 0, 1 and 2 that led to it too; they lead to /dev/null now.
     """
 
     sock: socket.socket
@@ -44,41 +45,41 @@ class Inherited:
     standard: frozenset[int]
 
 
-class _Process:
-    """What this process was started with."""
+class _SystemdSockets:
+    """The sockets that systemd has handed to this process, and those that are taken; one for the process."""
 
-    names: ClassVar[dict[int, str] | None] = None  # of systemd's descriptors; None until it is asked for
-    stored: ClassVar[dict[int, str]] = {}  # those of them that it has only kept
-    taken: ClassVar[set[int]] = set()
+    names: ClassVar[dict[int, str] | None] = None  # by descriptor; None until the environment is read
+    stored: ClassVar[dict[int, str]] = {}  # those that systemd has only kept
+    taken: ClassVar[set[int]] = set()  # descriptors of any origin
 
 
 def systemd_sockets() -> dict[int, str]:
-    """The descriptors that systemd handed over, with their names, but for those that it has only kept.
+    """The descriptors that systemd handed over, with their names, without those that it has only kept.
 
     Raises:
-        ForkdError: what the environment says of them can't be.
+        ForkdError: LISTEN_FDS is no number.
     """
-    if _Process.names is None:
+    if _SystemdSockets.names is None:
         said = {name: os.environ.pop(name, "") for name in _VARIABLES}
-        named = _named(said) if said["LISTEN_PID"] == str(_STARTED) else {}
+        named = _named_descriptors(said) if said["LISTEN_PID"] == str(_STARTED) else {}
         for descriptor in named:
-            with contextlib.suppress(OSError):  # it is closed, which is told to who asks for it
+            with contextlib.suppress(OSError):  # it is closed; `take_inherited` says so
                 os.set_inheritable(descriptor, False)
-        _Process.stored = {number: name for number, name in named.items() if name.startswith(STORED)}
-        _Process.names = {number: name for number, name in named.items() if number not in _Process.stored}
-        _Process.taken |= _Process.stored.keys()
-    return _Process.names
+        _SystemdSockets.stored = {number: name for number, name in named.items() if name.startswith(STORED_PREFIX)}
+        _SystemdSockets.names = {number: name for number, name in named.items() if number not in _SystemdSockets.stored}
+        _SystemdSockets.taken |= _SystemdSockets.stored.keys()
+    return _SystemdSockets.names
 
 
 def stored_sockets() -> dict[int, str]:
-    """The descriptors that systemd has kept for us, with their names; `store` owns them. Raises as
+    """The descriptors that systemd has kept for us, with their names; `fdstore` owns them. Raises as
     `systemd_sockets`.
     """
     systemd_sockets()
-    return _Process.stored
+    return _SystemdSockets.stored
 
 
-def _named(said: dict[str, str]) -> dict[int, str]:
+def _named_descriptors(said: dict[str, str]) -> dict[int, str]:
     count = said["LISTEN_FDS"]
     if not (count.isdecimal() and len(count) < 5):
         raise ForkdError(f"LISTEN_FDS is {count!r}, not a number of sockets, in the environment")
@@ -87,21 +88,21 @@ def _named(said: dict[str, str]) -> dict[int, str]:
     return dict(zip(range(_FIRST, _FIRST + int(count)), names, strict=False))
 
 
-def take_inherited(address: Address) -> list[Inherited]:
+def take_inherited(address: Address) -> list[InheritedSocket]:
     """Takes over the sockets that an `fd:` address means: one, or all that systemd has given its name to.
 
     Raises:
         ForkdError: there is none, or it is not of a kind that forkd serves; then none is taken.
     """
-    numbers = _find(address)
+    numbers = _find_descriptors(address)
     for number in numbers:
-        if wrong := _wrong(number):
+        if wrong := _why_unusable(number):
             raise ForkdError(f"{address}: {wrong}")
     return [_take(number) for number in numbers]
 
 
 def is_listening(sock: socket.socket) -> bool:
-    """Whether a stream socket listens; else it is, or may be, a connection. A datagram socket never does."""
+    """Whether a stream socket listens; else it is, or may become, a connection. A datagram socket never listens."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
@@ -138,7 +139,7 @@ def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
     return address_of(found[0]), found
 
 
-def _find(address: Address) -> list[int]:
+def _find_descriptors(address: Address) -> list[int]:
     wanted, handed = address.path, systemd_sockets()
     if wanted.isdecimal():
         return [int(wanted)]
@@ -156,22 +157,23 @@ def _find(address: Address) -> list[int]:
     return found
 
 
-def _wrong(number: int) -> str:
+def _why_unusable(number: int) -> str:
     """Why a descriptor can't be served; empty when it can."""
     try:
         mode = os.fstat(number).st_mode
     except OSError:
         others = "".join(f"{found}, " for found in _open_sockets()).rstrip(", ")
         return f"there is no descriptor {number} here" + (f"; there are sockets at {others}" if others else "")
-    if number in _Process.taken:
+    if number in _SystemdSockets.taken:
         return f"descriptor {number} is another listener's already"
     if not stat.S_ISSOCK(mode):
-        return f"descriptor {number} is {_what(mode)}, not a socket"
+        return f"descriptor {number} is {_file_type(mode)}, not a socket"
     with socket.socket(fileno=os.dup(number)) as sock:
         families, types = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX), (socket.SOCK_STREAM, socket.SOCK_DGRAM)
         if sock.type not in types or sock.family not in families:
             served = "AF_INET, AF_INET6 and AF_UNIX, SOCK_STREAM and SOCK_DGRAM"
-            return f"descriptor {number} is a socket of {_word(sock.family)} {_word(sock.type)}; forkd serves {served}"
+            found = f"{_constant_name(sock.family)} {_constant_name(sock.type)}"
+            return f"descriptor {number} is a socket of {found}; forkd serves {served}"
     return ""
 
 
@@ -185,18 +187,18 @@ def _open_sockets() -> Iterator[str]:
                 yield str(number)
 
 
-def _word(number: int) -> str:
+def _constant_name(number: int) -> str:
     return getattr(number, "name", str(number))
 
 
-def _what(mode: int) -> str:
+def _file_type(mode: int) -> str:
     kinds = ((stat.S_ISREG, "a file"), (stat.S_ISCHR, "a terminal or another device"), (stat.S_ISFIFO, "a pipe"))
     return next((what for fits, what in kinds if fits(mode)), "something else")
 
 
-def _take(number: int) -> Inherited:
-    """Takes a socket over. Standard descriptors that lead to it are led elsewhere: what a program prints by mistake is
-    not for the client, and the end of the connection is not to wait for the end of the process.
+def _take(number: int) -> InheritedSocket:
+    """Takes a socket over. Standard descriptors that lead to it are led to /dev/null: what a program prints by mistake
+    is not for the client, and the end of the connection is not to wait for the end of the process.
     """
     standard = frozenset(one for one in range(3) if one == number or same_file(one, number))
     descriptor = os.dup(number) if number < _FIRST else number
@@ -205,7 +207,7 @@ def _take(number: int) -> Inherited:
         os.dup2(nowhere, one)
     os.close(nowhere)
     os.set_inheritable(descriptor, False)
-    _Process.taken.add(number)
+    _SystemdSockets.taken.add(number)
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
-    return Inherited(sock, number, standard)
+    return InheritedSocket(sock, number, standard)

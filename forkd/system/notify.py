@@ -1,7 +1,7 @@
-"""What a service manager is told: systemd's notification protocol (sd_notify(3)), and the watchdog it asks for.
+"""systemd's notification protocol (sd_notify(3)): datagrams to the service manager, and the watchdog that it asks for.
 
-Where no manager listens nothing is sent. A manager that does not read must not hold up the master: what can't be sent
-at once is lost, and the next state is told as ever.
+Where there is no manager nothing is sent. A manager that does not read must not hold up the master: what can't be sent
+at once is lost. What is sent when is decided by the master's `service_manager`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 
-#: The variables of the protocol. They are the master's alone: a child that knew them could speak for it.
+#: The variables of the protocol. They are the master's alone: a child that has them could speak for it.
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
-    """Tells the service manager.
+    """The socket to the service manager.
 
     Args:
         environment: with `NOTIFY_SOCKET`, where there is a manager.
+
+    Attributes:
+        watchdog: seconds within which the manager wants to hear of this process again and again; None: never.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         path = environment.get("NOTIFY_SOCKET", "")
         self._address = f"\0{path[1:]}" if path.startswith("@") else path
         self._sock: socket.socket | None = None
-        self.watchdog = _watchdog(environment)
+        self.watchdog = _watchdog_seconds(environment)
         if self._address:
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._sock.setblocking(False)
 
     @property
-    def listened_to(self) -> bool:
+    def has_manager(self) -> bool:
         """Whether there is a manager."""
         return self._sock is not None
 
@@ -43,7 +46,7 @@ class Notifier:
         if self._sock is None:
             return
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        with contextlib.suppress(OSError):  # it does not read, or is gone: there is nobody else to tell
+        with contextlib.suppress(OSError):  # it does not read, or is gone
             self._sock.sendmsg(["\n".join(lines).encode()], rights, 0, self._address)
 
     def close(self) -> None:
@@ -69,9 +72,9 @@ def monotonic_usec() -> int:
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
 
 
-def _watchdog(environment: Mapping[str, str]) -> float | None:
-    """Seconds within which the manager wants to hear of this process again and again; None: never
-    (sd_watchdog_enabled(3)).
+def _watchdog_seconds(environment: Mapping[str, str]) -> float | None:
+    """The watchdog's seconds, as the environment has them (sd_watchdog_enabled(3)); None where it is off or another
+    process's.
     """
     text, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
     if not text.isdecimal() or not int(text) or (pid and pid != str(os.getpid())):

@@ -1,8 +1,8 @@
-"""The drop: makes a freshly forked worker what the settings want it to be, and nothing more.
+"""Dropping privileges: a freshly forked worker gets the limits, root directory, user and groups of the settings.
 
-Every step is checked when it is done, and all of it is verified in the end by asking the kernel: a worker that has not
-become whom it should be must not serve. The order is forced: limits and the root directory while there is the right to
-change them; the bounding set before CAP_SETPCAP is lost; groups before the user; what can't be undone last.
+Every step is checked when it is done, and all of it is verified in the end by asking the kernel: a worker that is not
+what it should be must not serve. The order is forced: limits and the root directory while there is the right to change
+them; the bounding set before CAP_SETPCAP is lost; groups before the user; what can't be undone last.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
-from forkd.config.options import Settings
+from forkd.config.settings import Settings
 from forkd.errors import ForkdError
 from forkd.system.capabilities import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     Capability,
-    Status,
+    ProcStatus,
     clear_ambient_set,
     drop_bounding_set,
     drop_capabilities,
     has_capability,
-    prctl,
 )
 from forkd.system.identity import Identity
-from forkd.system.limits import set_limits
-from forkd.system.paths import current_umask
+from forkd.system.process import prctl
+from forkd.system.rlimits import set_limits
+from forkd.system.unix_paths import current_umask
 
 
 class PrivilegeError(ForkdError):
-    """A worker can't become whom it should be; the sentence names the step."""
+    """A worker can't drop its privileges as it should; the sentence names the step."""
 
 
 def drop_privileges(settings: Settings, identity: Identity) -> None:
-    """Makes this process a worker's, for good; signals that it had asked for at its parent's death are forgotten by
-    the kernel (prctl(2), PR_SET_PDEATHSIG).
+    """Makes this process a worker's, for good. The kernel forgets a signal that was asked for at the parent's death
+    (prctl(2), PR_SET_PDEATHSIG).
 
     Args:
-        settings: what else a worker may.
-        identity: whom it becomes.
+        settings: its limits, root directory, umask and the like.
+        identity: the user and groups that it becomes.
 
     Raises:
-        PrivilegeError: a step failed, or did not do what it should; this process must serve nobody.
+        PrivilegeError: a step failed, or did not do what it should; this process must not serve.
     """
-    _load_late_modules()
+    load_late_modules()
     status = None
     with contextlib.suppress(OSError):
-        status = Status()
+        status = ProcStatus()
     try:
         strict = has_capability(Capability.SETPCAP)
         for name, step in _steps(settings, identity):
@@ -56,23 +56,25 @@ def drop_privileges(settings: Settings, identity: Identity) -> None:
             except (OSError, OverflowError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise PrivilegeError(f"can't drop privileges: {name}: {reason}") from None
-        for wrong in _wrong(settings, identity, status, with_bounding_set=strict):
+        for wrong in _deviations(settings, identity, status, with_bounding_set=strict):
             raise PrivilegeError(f"can't drop privileges: all is done, but {wrong}")
     finally:
         if status is not None:
             status.close()
 
 
-def _load_late_modules() -> None:
-    """Loads what Python loads when it first needs it: in a chroot, or for another user, it may be out of reach then."""
+def load_late_modules() -> None:
+    """Loads what Python loads when it first needs it: in a chroot, or as another user, it may not find it then. Where
+    the master has done so before the fork, this takes no time.
+    """
     import concurrent.futures.thread  # noqa: F401, PLC0415
     import encodings.ascii  # noqa: PLC0415
     import encodings.idna  # noqa: PLC0415
     import encodings.latin_1  # noqa: F401, PLC0415
 
 
-def _becomes_less(identity: Identity) -> bool:
-    """Whether it is a user that should have no privileges at all."""
+def _becomes_unprivileged(identity: Identity) -> bool:
+    """Whether it becomes a user that should have no privileges at all."""
     return identity.uid not in (None, 0)
 
 
@@ -81,12 +83,12 @@ def _no_new_privs(settings: Settings) -> bool:
 
 
 def _steps(settings: Settings, identity: Identity) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The steps that are due, in their order, with what to call them."""
+    """The steps to take, in their order, each with its name for messages."""
     uid, gid, groups, chroot, umask = identity.uid, identity.gid, identity.groups, settings.chroot, settings.umask
     yield "rlimits", lambda: set_limits(settings.rlimits)
     if chroot is not None:
         yield f"chroot({chroot})", lambda: _chroot(str(chroot))
-    if _becomes_less(identity):
+    if _becomes_unprivileged(identity):
         if has_capability(Capability.SETPCAP):
             yield "prctl(PR_CAPBSET_DROP)", drop_bounding_set
         yield "prctl(PR_CAP_AMBIENT)", clear_ambient_set
@@ -96,11 +98,11 @@ def _steps(settings: Settings, identity: Identity) -> Iterator[tuple[str, Callab
         yield f"setresgid({gid})", lambda: os.setresgid(gid, gid, gid)
     if uid is not None:
         yield f"setresuid({uid})", lambda: os.setresuid(uid, uid, uid)
-    if _becomes_less(identity):
+    if _becomes_unprivileged(identity):
         yield "capset", drop_capabilities
     if settings.rlimits.core and uid is not None:
-        # A process that has changed its user dumps no core, nor can others of that user trace it. That is wanted, for
-        # it has the memory of the master, but by who asks for core files.
+        # A process that has changed its user dumps no core, nor can others of that user trace it. That is right, as it
+        # has the memory of the master, unless core files are asked for.
         yield "prctl(PR_SET_DUMPABLE)", lambda: _prctl(PR_SET_DUMPABLE)
     if _no_new_privs(settings):
         yield "prctl(PR_SET_NO_NEW_PRIVS)", lambda: _prctl(PR_SET_NO_NEW_PRIVS)
@@ -121,8 +123,10 @@ def _chroot(path: str) -> None:
     os.chdir("/")
 
 
-def _wrong(settings: Settings, identity: Identity, status: Status | None, *, with_bounding_set: bool) -> Iterator[str]:
-    """What is not as it should be."""
+def _deviations(
+    settings: Settings, identity: Identity, status: ProcStatus | None, *, with_bounding_set: bool
+) -> Iterator[str]:
+    """What is not as it should be, a clause each."""
     uid, gid, groups = identity.uid, identity.gid, identity.groups
     if uid is not None and os.getresuid() != (uid, uid, uid):
         yield f"its user ids are {os.getresuid()}"
@@ -132,10 +136,10 @@ def _wrong(settings: Settings, identity: Identity, status: Status | None, *, wit
         yield f"its supplementary groups are {os.getgroups()}"
     if settings.umask is not None and current_umask() != settings.umask & 0o777:
         yield f"its umask is {current_umask():04o}"
-    if _becomes_less(identity) and _is_root_again():
+    if _becomes_unprivileged(identity) and _is_root_again():
         yield "it can become root again"
     if status is not None:
-        yield from _wrong_by_status(settings, identity, status.read(), with_bounding_set=with_bounding_set)
+        yield from _deviations_in_status(settings, identity, status.read(), with_bounding_set=with_bounding_set)
 
 
 def _is_root_again() -> bool:
@@ -146,10 +150,10 @@ def _is_root_again() -> bool:
     return True
 
 
-def _wrong_by_status(
+def _deviations_in_status(
     settings: Settings, identity: Identity, found: dict[str, str], *, with_bounding_set: bool
 ) -> Iterator[str]:
-    if _becomes_less(identity):
+    if _becomes_unprivileged(identity):
         if set(found["Uid"].split()) != {str(identity.uid)}:  # the fourth is the file system's, which no call tells
             yield f"the kernel says that its user ids are {found['Uid']}"
         for name in ("CapInh", "CapPrm", "CapEff", "CapAmb", *(["CapBnd"] if with_bounding_set else [])):

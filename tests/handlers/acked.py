@@ -45,4 +45,4 @@ class Acked(asyncio.Protocol):
             log.info("%s: has it", self.name)
 
     def connection_lost(self, error: Exception | None) -> None:
-        log.info("%s: its connection was lost by %s", self.name or "nobody", type(error).__name__)
+        log.info("%s: its connection was lost by %s", self.name or "unnamed", type(error).__name__)

@@ -1,4 +1,4 @@
-"""Senders of more than a client may want: one that heeds pause_writing, and one that does not."""
+"""Senders of more than a client may want: one that stops at pause_writing, and one that does not."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Considerate(asyncio.Protocol):
         self.go_on()
 
 
-class Heedless(asyncio.Protocol):
-    """Sends 128 MiB to whom it may concern."""
+class Unstoppable(asyncio.Protocol):
+    """Sends 128 MiB, whether the client reads them or not."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 
 class AsClass(asyncio.Protocol):
@@ -53,3 +54,16 @@ async def as_corked_streams(reader: asyncio.StreamReader, writer: asyncio.Stream
                 await writer.drain()
         await writer.transport.wait_acked(10)  # type: ignore[attr-defined]
         writer.write(b"%d unacknowledged\n" % writer.transport.unacked())  # type: ignore[attr-defined]
+
+
+class WithWord(AsClass):
+    """Says the word that it is given."""
+
+    def __init__(self, word: str, prefix: str = "") -> None:
+        self.word = f"{prefix}{word}\n".encode()
+
+
+def make_rooms(word: str) -> Callable[[], WithWord]:
+    """A factory of protocols, of a loop that runs."""
+    number = id(asyncio.get_running_loop())
+    return lambda: WithWord(word if id(asyncio.get_running_loop()) == number else "of another loop")

@@ -89,3 +89,14 @@ class From(Who):
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
         self.transport.sendto(f"{addr[0]}:{addr[1]} ".encode() + data, addr)
+
+
+class Push(Who):
+    """Sends as many datagrams of 1,200 bytes to each of some hosts as it is told: `COUNT HOST...`; then answers."""
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        count, *hosts = data.split()
+        for host in hosts:
+            for _ in range(int(count)):
+                self.transport.sendto(bytes(1200), (host.decode(), 9))
+        super().datagram_received(data, addr)

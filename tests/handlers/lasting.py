@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import tempfile
 
 log = logging.getLogger("lasting")
 
@@ -131,6 +132,17 @@ class Parting(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         log.info("lost by %s: %s", type(error).__name__, error)
+
+
+async def sending(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Sends a file that is larger than its client takes."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(64 << 20)
+        try:
+            await asyncio.get_running_loop().sendfile(writer.transport, file)
+        except ConnectionError as error:
+            log.info("lost by %s: %s", type(error).__name__, error)
+            raise
 
 
 async def streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

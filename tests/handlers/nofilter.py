@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forkd.builtin import Echo
-from forkd.serve import rendezvous
+from forkd.serve.once import rendezvous
 
 __all__ = ["Echo"]
 

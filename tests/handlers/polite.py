@@ -1,4 +1,4 @@
-"""Handlers that heed the drain: by a `shutdown()`, by waiting for it, and by looking at it."""
+"""Handlers that end when their worker drains: by a `shutdown()`, by waiting for it, and by asking whether it does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Polite(Echo):
 
 
 async def polite_streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """The same by streams: waits for its client or for the drain, whichever comes first."""
+    """The same by streams: waits for its client or for the drain, until one of them comes."""
     drain = asyncio.ensure_future(wait_draining())
     try:
         while not drain.done():

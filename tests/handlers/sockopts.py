@@ -42,4 +42,4 @@ class ToldBuffered(Told, asyncio.BufferedProtocol):
         return self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(self.buffer[:nbytes])
+        self.data_received(bytes(self.buffer[:nbytes]))

@@ -1,4 +1,4 @@
-"""Handlers that end in different ways, or tell where they are."""
+"""Handlers that end in different ways, or tell about their process."""
 
 from __future__ import annotations
 

@@ -1,0 +1,113 @@
+"""What there is by HTTP: `/live`, `/ready`, `/metrics`, `/status.json`, and `/`, the page for people.
+
+A page that takes time to make is kept for ten times as long as it took, so however many ask, the master spends a tenth
+of its time on it at most.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from forkd.master.admin.metrics import Metrics
+from forkd.master.admin.page import BODY, HTML, POLICY
+from forkd.master.state import DaemonState
+from forkd.master.status import why_not_ready
+
+log = logging.getLogger("forkd.admin")
+
+TEXT = "text/plain; charset=utf-8"
+
+#: For how many times as long as it took to make a page is kept, and for how many seconds at most.
+_KEPT_FOR = 10
+_MOST_KEPT = 1.0
+
+
+class Told(Protocol):
+    """The master, as far as it is told of."""
+
+    state: DaemonState
+
+    def status(self) -> dict[str, Any]:
+        """Its state, fit for JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An answer."""
+
+    status: HTTPStatus
+    body: bytes
+    content_type: str = TEXT
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+_FAILED = Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"it can't be told; see the log\n")
+_NOT_FOUND = Page(HTTPStatus.NOT_FOUND, b"there are /live, /ready, /metrics, /status.json and /\n")
+
+
+class Pages:
+    """All pages.
+
+    Args:
+        master: what they tell of.
+        metrics: its metrics.
+    """
+
+    def __init__(self, master: Told, metrics: Metrics) -> None:
+        self._master = master
+        self._metrics_of = metrics
+        self._kept: dict[str, tuple[float, Page]] = {}
+
+    def find(self, target: bytes, accept: str) -> Page:
+        """The page at a request's target, for a client that accepts these types of content."""
+        match target.partition(b"?")[0]:
+            case b"/live":
+                return Page(HTTPStatus.OK, b"live\n")  # the loop turns: it has answered
+            case b"/ready":
+                return self._readiness()
+            case b"/metrics":
+                return self._metrics(accept)
+            case b"/status.json":
+                return self._keep("status", self._status)
+            case b"/":
+                return Page(HTTPStatus.OK, BODY, HTML, ((b"Content-Security-Policy", POLICY),))
+            case _:
+                return _NOT_FOUND
+
+    def _readiness(self) -> Page:
+        why_not = why_not_ready(self._master.state)
+        if why_not:
+            return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why_not}\n".encode())
+        return Page(HTTPStatus.OK, b"ready\n")
+
+    def _metrics(self, accept: str) -> Page:
+        from forkd.master.admin.exposition import encoder_for  # noqa: PLC0415 (it is there for this alone)
+
+        encode, content_type = encoder_for(accept)
+        return self._keep(
+            f"metrics {content_type}", lambda: Page(HTTPStatus.OK, encode(self._metrics_of.collect()), content_type)
+        )
+
+    def _status(self) -> Page:
+        return Page(HTTPStatus.OK, json.dumps(self._master.status()).encode() + b"\n", "application/json")
+
+    def _keep(self, name: str, make: Callable[[], Page]) -> Page:
+        """A page that was kept, or a new one."""
+        began = time.monotonic()
+        until, page = self._kept.get(name, (0.0, _NOT_FOUND))
+        if began < until:
+            return page
+        try:
+            page = make()
+        except Exception:  # (a master's event: what is told of the daemon is not to end it)
+            log.exception("admin: %s can't be told", name.partition(" ")[0], extra={"listener": "admin"})
+            page = _FAILED
+        cost = time.monotonic() - began
+        self._kept[name] = began + min(_KEPT_FOR * cost, _MOST_KEPT), page
+        return page

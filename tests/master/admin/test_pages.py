@@ -1,0 +1,49 @@
+"""The pages by themselves: what takes time to make is kept for a while, and a mistake in it does not end the master."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from forkd.master.admin.metrics import Metrics
+from forkd.master.admin.pages import Pages
+from forkd.master.state import DaemonState
+
+
+class Told:
+    """A master whose state takes a while to tell, by a clock of its own."""
+
+    state = cast(DaemonState, None)
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.asked = 0
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def status(self) -> dict[str, Any]:
+        self.asked += 1
+        self.now += self.seconds
+        if not self.seconds:
+            raise OSError("no descriptor is left")
+        return {"asked": self.asked}
+
+
+@pytest.mark.parametrize(("cost", "kept"), [(0.01, 0.1), (0.5, 1.0)])
+def test_dear_page_is_kept_for_ten_times_its_cost(monkeypatch: pytest.MonkeyPatch, cost: float, kept: float) -> None:
+    master = Told(cost)
+    monkeypatch.setattr("forkd.master.admin.pages.time", master)
+    pages = Pages(master, Metrics(master.state))
+    for later, asked in ((0.0, 1), (kept - cost - 0.001, 1), (0.002, 2)):
+        master.now += later
+        assert pages.find(b"/status.json", "").status == 200
+        assert master.asked == asked
+
+
+def test_page_that_fails_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    master = Told()
+    assert Pages(master, Metrics(master.state)).find(b"/status.json", "").status == 500
+    assert "status can't be told" in caplog.text

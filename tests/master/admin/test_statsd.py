@@ -1,0 +1,47 @@
+"""Metrics that are pushed: each event is told once, whatever becomes of the daemon."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+from tests.support.changing_daemon import Changing
+from tests.support.daemon import Harness
+from tests.support.processes import DEADLINE
+
+ACCEPTED = re.compile(rb"^forkd\.tested\.connections_accepted\.\d+:(\d+)\|c$", re.MULTILINE)
+
+
+def test_statsd_is_told_each_event_once(harness: Harness) -> None:
+    receiver = harness.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    receiver.bind(("127.0.0.1", 0))
+    receiver.settimeout(DEADLINE)
+    site = Changing(harness, statsd=f"localhost:{receiver.getsockname()[1]}")
+    daemon = site.daemon.start()
+    for _ in range(5):
+        site.greet()
+    assert daemon.command("upgrade").returncode == 0
+    site.greet()
+    daemon.stop()
+    text = b""
+    while sum(map(int, ACCEPTED.findall(text))) < 6:
+        text += receiver.recv(1 << 16) + b"\n"
+    receiver.setblocking(False)
+    try:
+        while True:
+            text += receiver.recv(1 << 16) + b"\n"
+    except BlockingIOError:
+        pass
+    assert sum(map(int, ACCEPTED.findall(text))) == 6
+    assert b"\nforkd.tested.generation:2|g\n" in text
+    assert max(map(len, text.splitlines())) < 200
+
+
+def test_statsd_host_that_is_none_fails_the_reload(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.start()
+    daemon.expect("reload: failed, and nothing has changed: statsd: nowhere.invalid can't be found")
+    site.write(statsd="nowhere.invalid:8125")
+    assert daemon.command("reload").returncode == 1
+    found = daemon.command("check")
+    assert (found.returncode, "statsd: nowhere.invalid can't be found" in found.stderr) == (78, True)

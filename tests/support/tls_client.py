@@ -1,0 +1,72 @@
+"""A client with TLS that can say its end and read on: Python's own socket also reads when it says its end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+
+_CHUNK = 65_536
+
+
+class TlsClient:
+    """A client whose handshake is done.
+
+    Args:
+        sock: its connected socket, which stays the caller's.
+        context: what it trusts.
+        name: the host that it asks for.
+        early: what it sends in one piece with the end of its handshake.
+    """
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, name: str = "localhost", early: bytes = b""
+    ) -> None:
+        self._sock = sock
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_hostname=name)
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._exchange()
+            else:
+                break
+        self._tls.write(early)
+        self._flush()
+
+    def send(self, data: bytes) -> None:
+        """Sends all of it."""
+        self._tls.write(data)
+        self._flush()
+
+    def say_end(self) -> None:
+        """Sends the end that TLS has, and does not wait for the other side's."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        self._flush()
+
+    def rest(self) -> bytes:
+        """All that comes, up to the end that TLS has. Raises EOFError for a connection that is only closed."""
+        found = b""
+        while True:
+            try:
+                data = self._tls.read(_CHUNK)
+            except ssl.SSLWantReadError:
+                self._exchange()
+                continue
+            except ssl.SSLZeroReturnError:
+                return found
+            if not data:
+                return found
+            found += data
+
+    def _exchange(self) -> None:
+        self._flush()
+        if not (data := self._sock.recv(_CHUNK)):
+            raise EOFError("closed without the end that TLS has")
+        self._in.write(data)
+
+    def _flush(self) -> None:
+        if data := self._out.read():
+            self._sock.sendall(data)
