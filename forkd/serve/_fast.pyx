@@ -414,7 +414,7 @@ def use_transport(transport, twin, names):
     for i in range(FIELDS):
         _offsets[i] = _all_offsets[_FIELDS[i]]
     _read_size, _writes_at_once = names["READ_SIZE"], names["WRITES_AT_ONCE"]
-    _streams_protocol, _draining, _connection = names["asyncio"].StreamReaderProtocol, names["draining"], names["CONNECTION"]
+    _streams_protocol, _draining, _connection = names["StreamsProtocol"], names["draining"], names["CONNECTION"]
     _no_direct_writes = names["_NO_DIRECT_WRITES"]
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.support.cpython_suite forkd|compiled MODULE
 
-Both ends of each connection that a test makes on the loop have a transport of forkd's. Prints a line for each test that
+Both ends of each connection that a test makes on the loop have a transport of forkd's, and its streams are forkd's.
+Prints a line for each test that
 has failed, then how many were run. They need `test.test_asyncio`, which Debian has in libpython3.11-testsuite.
 """
 
@@ -20,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from forkd.serve.loop import PollLoop
+from forkd.serve.stream.coroutine import Reader, Writer
 from tests.support.network_namespaces import leave_network
 from tests.support.transport_contract import RecordingObserver, twin
 
@@ -112,14 +114,16 @@ def cases(module: ModuleType, patterns: Sequence[str]) -> Iterator[unittest.Test
 
 def main(kind: str, name: str) -> None:
     """Runs the tests of a module over a twin of forkd's."""
-    # They want a port of all addresses and try six times. Clients of forkd's own tests come from many addresses, and leave
-    # so many ports in TIME_WAIT at these that none of six may be free.
+    # They want a port of all addresses and try six times. Clients of forkd's own tests come from many addresses, and
+    # leave so many ports in TIME_WAIT at these that none of six may be free.
     with suppress(OSError):
         leave_network()
     SuiteLoop.kind = kind
+    for module in (asyncio, asyncio.streams):
+        vars(module).update(StreamReader=Reader, StreamWriter=Writer)
     asyncio.set_event_loop_policy(SuitePolicy())
-    module = import_module(f"test.test_asyncio.{name}")
-    result = unittest.TextTestRunner().run(unittest.TestSuite(cases(module, MODULES[name])))
+    tests = import_module(f"test.test_asyncio.{name}")
+    result = unittest.TextTestRunner().run(unittest.TestSuite(cases(tests, MODULES[name])))
     for test, _ in [*result.errors, *result.failures]:
         print(test.id())
     print(result.testsRun)

@@ -1,6 +1,7 @@
 """Connections.
 
 server: from a handler to what serves accepted connections, and how they end with their process.
+coroutine: streams handlers: asyncio's streams, with the plain case written out.
 handed_over: a connection that something else reads and writes.
 program: programs, one for each client.
 threads: handlers that block, in threads.

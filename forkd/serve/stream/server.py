@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import cache, partial
-from time import monotonic
 from typing import Any
 
 from forkd.config.address import Address
@@ -30,6 +29,7 @@ from forkd.serve.deadlines import TimeoutPolicy
 from forkd.serve.handlers import BLOCKING, Handler, check_protocol
 from forkd.serve.lingering import Lingering
 from forkd.serve.loop import FAST, PollLoop
+from forkd.serve.stream.coroutine import streams_factory
 from forkd.serve.stream.handed_over import HandedOver
 from forkd.serve.stream.program import ProgramServer
 from forkd.serve.stream.threads import ThreadServer, blocking_handler
@@ -47,7 +47,6 @@ from forkd.system.socket_options import connection_tuner
 log = logging.getLogger("forkd.tls")
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
-StreamsHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]
 
 #: The options of listeners that take connections to whatever address (IP_TRANSPARENT of ip(7); linux/in6.h).
 _TRANSPARENT = {socket.AF_INET: (socket.IPPROTO_IP, 19), socket.AF_INET6: (socket.IPPROTO_IPV6, 75)}
@@ -57,15 +56,6 @@ _MOST_READ = 65_536
 
 #: Seconds that closed connections have to send what is unsent, and tasks to see to their cancellation, at the very end.
 CLOSE_TIMEOUT = 0.5
-
-_read, _readexactly, _readuntil = (
-    asyncio.StreamReader.read,
-    asyncio.StreamReader.readexactly,
-    asyncio.StreamReader.readuntil,
-)
-
-#: Seconds for which the task of one connection runs before one of its reads lets the others have their turn.
-TURN = 0.0005
 
 
 def stream_server(
@@ -267,84 +257,6 @@ class TlsServer:
             self._loop.selector.epoll.unregister(sock.fileno())
         sock.close()
         server.closed()
-
-
-def streams_factory(handle: StreamsHandler, loop: PollLoop, handler_tasks: set[asyncio.Task[None]]) -> ProtocolFactory:
-    """A protocol factory for a streams coroutine.
-
-    The connection lives as long as the coroutine: when that returns, what was written is sent and the connection
-    closed; when it raises, the connection is aborted.
-
-    Args:
-        handle: the coroutine function.
-        loop: the worker's loop.
-        handler_tasks: holds the task of each coroutine that has not returned.
-    """
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 (for the type checker)
-        handler_tasks.add(task)
-        try:
-            await handle(reader, writer)
-        except asyncio.CancelledError:
-            # The worker ends; this is the task's outermost function, so the cancellation goes no further.
-            writer.transport.abort()
-        except BaseException as error:  # noqa: BLE001 (the handler's border: it may call sys.exit)
-            # That the client went away is no error. A connection of the handler's own may fail in the same way.
-            if not (isinstance(error, ConnectionError) and writer.transport.is_closing()):
-                loop.call_exception_handler(
-                    {"message": "The streams handler failed.", "exception": error, "transport": writer.transport}
-                )
-            writer.transport.abort()
-        finally:
-            handler_tasks.discard(task)
-            writer.close()
-
-    def factory() -> asyncio.StreamReaderProtocol:
-        return asyncio.StreamReaderProtocol(FairReader(loop), serve, loop=loop)
-
-    return factory
-
-
-class FairReader(asyncio.StreamReader):
-    """asyncio's, whose reads let the others of the loop have their turn when the task has run for some time.
-
-    asyncio's do not wait while there is something to read, so that a client which sends thousands of short lines at
-    once would be served with all of them before anyone else is.
-
-    Args:
-        loop: the worker's loop.
-    """
-
-    def __init__(self, loop: PollLoop) -> None:
-        super().__init__(loop=loop)
-        self._poll_loop = loop
-
-    def readuntil(self, separator: Any = b"\n") -> Coroutine[Any, Any, bytes]:
-        """See asyncio's."""
-        found = _readuntil(self, separator)
-        return found if monotonic() - self._poll_loop.step_began < TURN else _in_turn(found)
-
-    def readexactly(self, n: int) -> Coroutine[Any, Any, bytes]:
-        """See asyncio's."""
-        found = _readexactly(self, n)
-        return found if monotonic() - self._poll_loop.step_began < TURN else _in_turn(found)
-
-    def read(self, n: int = -1) -> Coroutine[Any, Any, bytes]:
-        """See asyncio's."""
-        found = _read(self, n)
-        return found if monotonic() - self._poll_loop.step_began < TURN else _in_turn(found)
-
-
-async def _in_turn(found: Coroutine[Any, Any, bytes]) -> bytes:
-    """What a read gives, after the others."""
-    try:
-        await asyncio.sleep(0)
-    except BaseException:
-        found.close()
-        raise
-    return await found
 
 
 def transports_of(loop: PollLoop) -> list[StreamTransport | HandedOver]:

@@ -61,6 +61,7 @@ from forkd.serve.deadlines import (
 )
 from forkd.serve.lingering import Lingering
 from forkd.serve.loop import CONNECTION, EDGE, ERR, FAST, HUP, IN, OUT, RDHUP, PollLoop
+from forkd.serve.stream.coroutine import StreamsProtocol
 from forkd.serve.stream.tls import AT_END, NOT_YET, TlsSession
 from forkd.system.logs import ACCESS_LOGGER
 from forkd.system.socket_stats import cookie_of, read_tcp_info, unacknowledged_bytes, unread_bytes
@@ -388,7 +389,7 @@ class StreamTransport(transports._FlowControlMixin):
             # BufferedProtocol, which would be asked for a buffer in vain when there is nothing yet.
             if at_once and self._deliver is not None:
                 self._data_ready(IN)
-            elif self._protocol.__class__ is asyncio.StreamReaderProtocol:
+            elif self._protocol.__class__ is StreamsProtocol:
                 self._read_early()
         if draining():
             if at_once:

@@ -19,7 +19,8 @@ import pytest
 
 from forkd.serve.accept.acceptor import ConnectionStats
 from forkd.serve.deadlines import Deadlines
-from forkd.serve.stream.server import ProtocolServer, StreamsHandler, common_name, streams_factory
+from forkd.serve.stream.coroutine import StreamsHandler, streams_factory
+from forkd.serve.stream.server import ProtocolServer, common_name
 from forkd.serve.stream.transport import ServerContext
 from forkd.system.scoreboard import Field, Row
 from tests.support.processes import DEADLINE
@@ -369,3 +370,25 @@ def test_a_listeners_name_is_its_connections_own(names: list[Any], is_known: boo
             client = stack.enter_context(socket.socket(listeners[0].family))
             client.connect(listeners[0].getsockname())
             assert stack.enter_context(listeners[0].accept()[0]).getsockname() == found
+
+
+def test_a_read_can_follow_one_that_was_cancelled(host: Host) -> None:
+    found: list[object] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for read in (reader.read(9), reader.readline(), reader.readexactly(2)):
+            task = asyncio.ensure_future(read)
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="already waiting"):
+                await reader.read(1)
+            task.cancel()
+            found.extend(map(type, await asyncio.gather(task, return_exceptions=True)))
+        writer.write(b"?")
+        await writer.drain()
+        found.append(await reader.readline())
+
+    peer = host.serve(handle)
+    assert host.kit.in_thread(peer.recv, 1) == b"?"
+    peer.sendall(b"one\ntwo")
+    host.until_ended()
+    assert found == [asyncio.CancelledError] * 3 + [b"one\n"]

@@ -11,6 +11,7 @@ import pytest
 
 from forkd import drain
 from forkd.serve import loop
+from forkd.serve.stream.coroutine import streams_factory
 from tests.serve.stream.test_transport_closing import reset
 from tests.support.transport_contract import (
     MUCH,
@@ -172,7 +173,11 @@ def test_a_streams_handler_begins_before_its_client_is_gone(
         act(peer)
         return served, peer if peer.fileno() >= 0 else socket.socket()
 
-    reader = asyncio.StreamReader(loop=kit.loop)
-    kit.connect(asyncio.StreamReaderProtocol(reader, handle, loop=kit.loop), already_gone)
+    if kit.kind == "asyncio":
+        kit.connect(
+            asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=kit.loop), handle, loop=kit.loop), already_gone
+        )
+    else:
+        kit.connect(streams_factory(handle, kit.poll_loop, set())(), already_gone)
     kit.until(lambda: len(seen) == 4)
     assert seen == [False, None, False, told]
