@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from forkd import MOST_WORKERS
-from forkd.cli.clients import list_clients
 from forkd.cli.control_client import REPLY_SECONDS, MasterConnection
 from forkd.cli.locate import connect, every_daemon
 from forkd.cli.status import age, read_status, table
 from forkd.cli.target import WantedDaemon, wanted_daemon
 from forkd.errors import ForkdError, NotRunning, escaped, printable
 from forkd.messages import ClientsReply, ClientsRequest, KilledReply, KillRequest, ScaledReply, ScaleRequest
+from forkd.system.client_list import list_clients
 from forkd.system.pidfile import RunDirectory
 from forkd.system.scoreboard import REGION_SIZE
 

@@ -4,7 +4,8 @@ In reading order:
 
 * Sockets: `listeners` binds and hands over listening sockets, with `host_addresses` (all those of a host's name),
   `udp_groups` (a datagram socket for each worker), `unix_paths` (paths taken over from dead owners), `inherited`
-  (sockets that the process was started with) and `socket_options`; `socket_stats` reads the kernel's tables.
+  (sockets that the process was started with) and `socket_options`; `socket_stats` reads the kernel's tables,
+  and `client_list` finds a daemon's clients there.
 * Shared memory: `scoreboard` has a row for each worker and the accept times of its connections; `shared_counters` has
   counts for limits, without a lock; `handler_metrics` has what handlers count.
 * Users and limits: `identity` looks them up, `privileges` drops them by `capabilities`, `rlimits` are resource limits;

@@ -70,7 +70,7 @@ class SuiteLoop(PollLoop):
         A test runs the loop until it has a connection, then until that has ended, which stops it. forkd tells of an end
         in the round that reads it, asyncio a round later: with a quick client the first run would take both stops.
         """
-        self.stopped_twice = self._stopping
+        self.stopped_twice = self._stopping  # type: ignore[attr-defined]  # the stub lacks it
         super().stop()
 
     def run_forever(self) -> None:
