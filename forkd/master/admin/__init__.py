@@ -8,6 +8,7 @@ In reading order:
 * `agent`: a client that is HAProxy's agent check.
 * `pages`: what there is by HTTP.
 * `page`: the page for people.
+* `history`: the last ten minutes, for that page.
 * `metrics`: what is counted and measured, for machines.
 * `exposition`: the same in Prometheus's text.
 * `statsd`: the same in statsd's datagrams.

@@ -1,21 +1,18 @@
-"""The page for people, at `/`: made by a browser of what `/status.json` has."""
+"""The page for people, at `/`: made by a browser of what `/status.json`, `/history.json` and `/clients.json` have.
+
+It is one file, `page.html`, with its style and its script.
+"""
 
 from __future__ import annotations
+
+from importlib.resources import files
 
 HTML = "text/html; charset=utf-8"
 
 #: It loads nothing but what this daemon itself tells.
-POLICY = b"default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+POLICY = (
+    b"default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
-BODY = b"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>forkd</title>
-<ul>
-<li><a href="live">live</a>
-<li><a href="ready">ready</a>
-<li><a href="metrics">metrics</a>
-<li><a href="status.json">status.json</a>
-</ul>
-"""
+BODY = files("forkd.master.admin").joinpath("page.html").read_bytes()

@@ -1,4 +1,5 @@
-"""What there is by HTTP: `/live`, `/ready`, `/metrics`, `/status.json`, and `/`, the page for people.
+"""What there is by HTTP: `/live`, `/ready`, `/metrics`, `/status.json`, and `/`, the page for people, which asks for
+`/history.json` and `/clients.json` as well.
 
 A page that takes time to make is kept for ten times as long as it took, so however many ask, the master spends a tenth
 of its time on it at most.
@@ -14,14 +15,23 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from forkd.errors import ForkdError
+from forkd.master.admin.history import History
 from forkd.master.admin.metrics import Metrics
 from forkd.master.admin.page import BODY, HTML, POLICY
+from forkd.master.spawn import HELPER
 from forkd.master.state import DaemonState
-from forkd.master.status import why_not_ready
+from forkd.master.status import clients_of, why_not_ready
+from forkd.system.client_list import list_clients
 
 log = logging.getLogger("forkd.admin")
 
-TEXT = "text/plain; charset=utf-8"
+TEXT, JSON = "text/plain; charset=utf-8", "application/json"
+
+#: Clients of connections that are told of, the oldest; and with how many none is, as the master would have to stop for
+#: too long to find them: some 10 microseconds for each.
+MOST_OLDEST = 50
+MOST_LISTED = 2000
 
 #: For how many times as long as it took to make a page is kept, and for how many seconds at most.
 _KEPT_FOR = 10
@@ -48,7 +58,9 @@ class Page:
 
 
 _FAILED = Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"it can't be told; see the log\n")
-_NOT_FOUND = Page(HTTPStatus.NOT_FOUND, b"there are /live, /ready, /metrics, /status.json and /\n")
+_NOT_FOUND = Page(
+    HTTPStatus.NOT_FOUND, b"there are /live, /ready, /metrics, /status.json, /history.json, /clients.json and /\n"
+)
 
 
 class Pages:
@@ -57,11 +69,13 @@ class Pages:
     Args:
         master: what they tell of.
         metrics: its metrics.
+        history: its last ten minutes.
     """
 
-    def __init__(self, master: Told, metrics: Metrics) -> None:
+    def __init__(self, master: Told, metrics: Metrics, history: History) -> None:
         self._master = master
         self._metrics_of = metrics
+        self._history = history
         self._kept: dict[str, tuple[float, Page]] = {}
 
     def find(self, target: bytes, accept: str) -> Page:
@@ -74,7 +88,11 @@ class Pages:
             case b"/metrics":
                 return self._metrics(accept)
             case b"/status.json":
-                return self._keep("status", self._status)
+                return self._keep("status", lambda: _json(self._master.status()))
+            case b"/history.json":
+                return self._keep("history", lambda: _json(self._history.tell()))
+            case b"/clients.json":
+                return self._keep("clients", lambda: _json(_oldest_clients(self._master.state)))
             case b"/":
                 return Page(HTTPStatus.OK, BODY, HTML, ((b"Content-Security-Policy", POLICY),))
             case _:
@@ -94,9 +112,6 @@ class Pages:
             f"metrics {content_type}", lambda: Page(HTTPStatus.OK, encode(self._metrics_of.collect()), content_type)
         )
 
-    def _status(self) -> Page:
-        return Page(HTTPStatus.OK, json.dumps(self._master.status()).encode() + b"\n", "application/json")
-
     def _keep(self, name: str, make: Callable[[], Page]) -> Page:
         """A page that was kept, or a new one."""
         began = time.monotonic()
@@ -111,3 +126,23 @@ class Pages:
         cost = time.monotonic() - began
         self._kept[name] = began + min(_KEPT_FOR * cost, _MOST_KEPT), page
         return page
+
+
+def _json(told: dict[str, Any]) -> Page:
+    return Page(HTTPStatus.OK, json.dumps(told).encode() + b"\n", JSON)
+
+
+def _oldest_clients(state: DaemonState) -> dict[str, Any]:
+    """The clients that have been connected for longest: their number in all, some of them, and why there are none."""
+    total = sum(max(0, one.row.active) for one in state.workers.values() if one.slot != HELPER)
+    told: dict[str, Any] = {"total": total, "clients": [], "why_none": ""}
+    if total > MOST_LISTED:
+        told["why_none"] = f"more than {MOST_LISTED} clients: `forkd clients` lists them"
+        return told
+    try:
+        found = list_clients(state.generation.settings.name, clients_of(state), state.board.regions.descriptor)
+    except (ForkdError, OSError) as error:
+        told["why_none"] = str(error)
+        return told
+    told["clients"] = sorted(found, key=lambda one: -(one["age"] or 0))[:MOST_OLDEST]
+    return told

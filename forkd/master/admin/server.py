@@ -19,6 +19,7 @@ from selectors import EVENT_READ, BaseSelector
 from forkd.config.settings import AGENT
 from forkd.master.admin.agent import agent_line
 from forkd.master.admin.client import Client
+from forkd.master.admin.history import History
 from forkd.master.admin.metrics import Metrics
 from forkd.master.admin.pages import Pages, Told
 from forkd.master.admin.statsd import StatsdSender
@@ -48,7 +49,8 @@ class AdminServer:
         self._master = master
         self._selector = selector
         metrics = Metrics(master.state)
-        self._pages = Pages(master, metrics)
+        self._history = History(master.state)
+        self._pages = Pages(master, metrics, self._history)
         self._statsd = StatsdSender(master.state, metrics)
         self._clients: set[Client] = set()
         # By the socket that the generation has: the copy that is listened on here, which nothing else closes.
@@ -63,7 +65,9 @@ class AdminServer:
         for client in [client for client in self._clients if client.deadline <= now]:
             self._drop(client)
         push_at = self._statsd.advance(now)
-        deadlines = [*(client.deadline for client in self._clients), *([] if push_at is None else [push_at])]
+        sample_at = self._history.advance(now) if state.generation.settings.admin.address else None
+        deadlines = [client.deadline for client in self._clients]
+        deadlines += [when for when in (push_at, sample_at) if when is not None]
         return min(deadlines, default=None)
 
     def finish(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 
+from forkd.master.admin.history import History
 from forkd.master.admin.metrics import Metrics
 from forkd.master.admin.pages import Pages
 from forkd.master.state import DaemonState
@@ -36,7 +37,7 @@ class Told:
 def test_dear_page_is_kept_for_ten_times_its_cost(monkeypatch: pytest.MonkeyPatch, cost: float, kept: float) -> None:
     master = Told(cost)
     monkeypatch.setattr("forkd.master.admin.pages.time", master)
-    pages = Pages(master, Metrics(master.state))
+    pages = Pages(master, Metrics(master.state), History(master.state))
     for later, asked in ((0.0, 1), (kept - cost - 0.001, 1), (0.002, 2)):
         master.now += later
         assert pages.find(b"/status.json", "").status == 200
@@ -45,5 +46,5 @@ def test_dear_page_is_kept_for_ten_times_its_cost(monkeypatch: pytest.MonkeyPatc
 
 def test_page_that_fails_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     master = Told()
-    assert Pages(master, Metrics(master.state)).find(b"/status.json", "").status == 500
+    assert Pages(master, Metrics(master.state), History(master.state)).find(b"/status.json", "").status == 500
     assert "status can't be told" in caplog.text
