@@ -172,6 +172,20 @@ def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> N
     assert [module for module in found - extensions if module.startswith(heavy)] == []
 
 
+@pytest.mark.parametrize("module", ["control", "status", "clients"])
+def test_command_about_a_running_daemon_loads_nothing_of_one(module: str) -> None:
+    found = loaded(f"import forkd.cli.{module}")
+    assert f"forkd.cli.{module}" in found
+    heavy = ("asyncio", "ssl", "daemon", "forkd.master", "forkd.serve", "forkd.app.daemon", "forkd.app.once")
+    assert [one for one in found if one.startswith(heavy)] == []
+
+
+def test_start_loads_nothing_that_serves() -> None:
+    found = loaded("import forkd.cli.lifecycle")
+    assert "forkd.app.daemon" in found
+    assert [one for one in found if one.startswith(("asyncio", "ssl", "forkd.app.once", "forkd.serve.stream"))] == []
+
+
 def test_once_loads_neither_a_master_nor_what_makes_a_daemon() -> None:
     found = loaded("import forkd.cli.once")
     assert "forkd.serve.once.server" in found

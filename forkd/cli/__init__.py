@@ -6,7 +6,8 @@ In reading order:
 * `target`: from TARGET and options to settings, or to the run directory of a running daemon.
 * `control_client`: requests to a running master.
 * `locate`: finds the master that is meant.
-* `lifecycle`: run, start, stop, restart, reload, upgrade and scale.
+* `lifecycle`: run, start and restart.
+* `control`: stop, reload, upgrade, scale, drain and resume.
 * `once`: serve one client.
 * `status`: status and check.
 * `daemons`: list all daemons.

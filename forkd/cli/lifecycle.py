@@ -1,8 +1,4 @@
-"""The commands that start, stop and change a daemon: `run`, `start`, `stop`, `restart`, `reload`, `upgrade`,
-`scale`, `drain`, `resume`.
-
-`app.daemon` starts a master; a running one is asked by `MasterConnection`, which also waits for it.
-"""
+"""The commands that start a daemon: `run`, `start`, `restart`. `app.daemon` starts a master."""
 
 from __future__ import annotations
 
@@ -12,42 +8,29 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from forkd.app.daemon import PredecessorResources, run_foreground, start_daemon
 from forkd.app.daemon import resume as resume_daemon
-from forkd.cli.control_client import REPLY_SECONDS, MasterConnection
+from forkd.cli.control import show_workers, stop_master
+from forkd.cli.control_client import MasterConnection
 from forkd.cli.locate import check_project, connect, find_own
-from forkd.cli.once import serve
 from forkd.cli.status import check_all
-from forkd.cli.target import WantedDaemon, read_target, settings_of, source_of, starting_daemon, wanted_daemon
+from forkd.cli.target import WantedDaemon, read_target, settings_of, source_of, starting_daemon
 from forkd.config.address import parse_address
 from forkd.config.listener import Listener
 from forkd.config.settings import Settings
 from forkd.errors import AlreadyRunning, BootError, ConfigError, ForkdError, NotAllowed, NotRunning, printable
 from forkd.messages import (
     AcceptedReply,
-    ChangedReply,
     DaemonStarted,
-    DifferencesReply,
-    DiffRequest,
-    DoneReply,
-    DrainRequest,
     HandOverReply,
     HandOverRequest,
-    ReloadRequest,
-    Request,
-    ResumeRequest,
-    ScaledReply,
-    ScaleRequest,
     StatusReply,
     StatusRequest,
     StopRequest,
-    UpgradeRequest,
 )
 from forkd.system.listeners import BoundListener
-
-R = TypeVar("R")
 
 
 def run(command: argparse.Namespace) -> int:
@@ -59,6 +42,8 @@ def run(command: argparse.Namespace) -> int:
     result = read_target(command)
     settings = result.valid_settings()
     if settings.mode == "once":
+        from forkd.cli.once import serve  # noqa: PLC0415 (with all that serves, which a master does not have)
+
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # those that waited for a master's loop
         return serve(settings, foreground=True)
     if running := _running_already(starting_daemon(command, result)):
@@ -72,6 +57,8 @@ def start(command: argparse.Namespace) -> int:
     result = read_target(command)
     settings = result.valid_settings()
     if settings.mode == "once":
+        from forkd.cli.once import serve  # noqa: PLC0415 (as above)
+
         return serve(settings, foreground=False)
     if running := _running_already(starting_daemon(command, result)):
         print(printable(str(running)))
@@ -93,18 +80,6 @@ def _running_already(wanted: WantedDaemon) -> AlreadyRunning | None:
     except (NotAllowed, BootError):
         pass
     return AlreadyRunning(wanted.name, run.pid_file.probe()[1])
-
-
-def stop(command: argparse.Namespace) -> int:
-    """`forkd stop`. That it does not run is no failure."""
-    try:
-        with connect(wanted_daemon(command)) as master:
-            pid = _stop(master, now=command.now)
-    except NotRunning as error:
-        print(printable(str(error)))
-        return 0
-    print(printable(f"{master.run.name} stopped{f', pid {pid}' if pid else ''}"))
-    return 0
 
 
 def restart(command: argparse.Namespace) -> int:
@@ -131,7 +106,7 @@ def restart(command: argparse.Namespace) -> int:
                 _print_started(settings, "restarted", started)
                 master.ask(StopRequest(succeeded=True), AcceptedReply)
                 return 0
-            _stop(master)
+            stop_master(master)
     except NotRunning as error:
         print(printable(str(error)))
     return start(command)
@@ -146,79 +121,10 @@ def _refuse_restart(master: MasterConnection, status: Mapping[str, Any]) -> NoRe
     raise ForkdError(f"{master.run.name} runs as user {master.uid}; restart it as that user, or stop it first")
 
 
-def reload(command: argparse.Namespace) -> int:
-    """`forkd reload`."""
-    with connect(wanted_daemon(command)) as master:
-        if command.diff:
-            lines = _change(master, "diff", DiffRequest(), DifferencesReply).differences
-            unchanged = "a reload would change no setting; the handlers are imported again"
-            print(printable("\n".join(lines) or unchanged))
-            return 0
-        found = _change(master, "reload", ReloadRequest(), ChangedReply)
-    print(printable(f"{master.run.name} reloaded: {_show_workers(found.workers)} of generation {found.generation}"))
-    return 0
-
-
-def upgrade(command: argparse.Namespace) -> int:
-    """`forkd upgrade`."""
-    with connect(wanted_daemon(command)) as master:
-        found = _change(master, "upgrade", UpgradeRequest(), ChangedReply)
-    print(printable(f"{master.run.name} upgraded: {_show_workers(found.workers)} of generation {found.generation}"))
-    return 0
-
-
-def scale(command: argparse.Namespace) -> int:
-    """`forkd scale`."""
-    with connect(wanted_daemon(command)) as master:
-        within = master.ask(StatusRequest(), StatusReply).status["boot_timeout"]
-        workers = master.ask(ScaleRequest(command.workers), ScaledReply, within + REPLY_SECONDS).workers
-    print(printable(f"{master.run.name} has {_show_workers(workers)}"))
-    return 0
-
-
-def drain(command: argparse.Namespace) -> int:
-    """`forkd drain`."""
-    with connect(wanted_daemon(command)) as master:
-        master.ask(DrainRequest(), DoneReply)
-        found = master.ask(StatusRequest(), StatusReply).status
-    clients = sum(worker["clients"] for worker in found["workers"])
-    told = f"balancers are told to send no more clients; {clients} client{'' if clients == 1 else 's'} here may stay"
-    print(printable(f"{master.run.name} drained: {told}"))
-    if not found.get("services"):
-        print(printable(f"warning: {master.run.name} has neither admin.address nor agent to tell it"), file=sys.stderr)
-    return 0
-
-
-def resume(command: argparse.Namespace) -> int:
-    """`forkd resume`."""
-    with connect(wanted_daemon(command)) as master:
-        master.ask(ResumeRequest(), DoneReply)
-        not_ready = master.ask(StatusRequest(), StatusReply).status["not_ready"]
-    print(printable(f"{master.run.name} resumed{f', but it is not ready: {not_ready}' if not_ready else ''}"))
-    return 0
-
-
 def resume_image(command: argparse.Namespace, state: str) -> int:
     """The command that started a daemon, run again by the master after an upgrade's exec, to go on with its state."""
     resume_daemon(state, lambda: settings_of(command))
     return 0
-
-
-def _stop(master: MasterConnection, *, now: bool = False) -> int | None:
-    pid = master.run.pid_file.probe()[1]  # to stop it needs no status
-    within = master.ask(StopRequest(now=now), AcceptedReply).within
-    master.receive_reply(DoneReply, within + REPLY_SECONDS)
-    master.wait_for_exit(REPLY_SECONDS)
-    return pid
-
-
-def _change(master: MasterConnection, verb: str, request: Request, expected: type[R]) -> R:
-    within = master.ask(request, AcceptedReply).within
-    try:
-        return master.receive_reply(expected, within + REPLY_SECONDS)
-    except BootError as error:
-        name = master.run.name
-        raise BootError(f"the {verb} failed, and {name} goes on as before: {error}", error.details) from None
 
 
 def _borrow_resources(master: MasterConnection) -> PredecessorResources:
@@ -239,9 +145,5 @@ def _borrow_resources(master: MasterConnection) -> PredecessorResources:
 
 
 def _print_started(settings: Settings, what: str, started: DaemonStarted) -> None:
-    workers, addresses = _show_workers(started.workers), ", ".join(started.addresses)
+    workers, addresses = show_workers(started.workers), ", ".join(started.addresses)
     print(printable(f"{settings.name} {what}, pid {started.pid}, {workers} on {addresses}; log: {started.log}"))
-
-
-def _show_workers(count: int) -> str:
-    return f"{count} worker{'s' if count > 1 else ''}"

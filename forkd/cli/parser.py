@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     scale = _add(
         commands,
         "scale",
-        "lifecycle:scale",
+        "control:scale",
         "change the number of workers of a running daemon, until a restart",
         _RUNNING,
     )
@@ -155,17 +155,17 @@ def _add_files(commands: _Commands) -> None:
 
 def _add_changes(commands: _Commands) -> None:
     """The commands that change a running daemon as a whole."""
-    stop = _add(commands, "stop", "lifecycle:stop", "let open connections end, then end; return when done", _RUNNING)
+    stop = _add(commands, "stop", "control:stop", "let open connections end, then end; return when done", _RUNNING)
     stop.add_argument("--now", action="store_true", help="close open connections at once")
     for name, sentence in (
         ("drain", "have load balancers send no more clients; those that are here stay, and new ones are served"),
         ("resume", "undo a drain: have load balancers send clients again"),
     ):
-        _add(commands, name, f"lifecycle:{name}", sentence, _RUNNING)
+        _add(commands, name, f"control:{name}", sentence, _RUNNING)
     reload = _add(
         commands,
         "reload",
-        "lifecycle:reload",
+        "control:reload",
         "read the settings again and boot new workers, or change nothing",
         _RUNNING,
     )
@@ -173,7 +173,7 @@ def _add_changes(commands: _Commands) -> None:
     _add(
         commands,
         "upgrade",
-        "lifecycle:upgrade",
+        "control:upgrade",
         "change to the code that is installed now, under the same PID",
         _RUNNING,
     )
