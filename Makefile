@@ -38,7 +38,9 @@ run: $(VENV)/run
 	@echo "This is $$($(BIN)/forkd --version). The command is $(BIN)/forkd; README.md says how to have it on the PATH, or installed."
 	@exec $(BIN)/forkd run --workers 2
 
+# What the tests start would compile all modules each time, where Python is told to keep no bytecode.
 test: $(VENV)/test
+	@$(BIN)/python -m compileall -q forkd
 	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist loadgroup $(ARGS)
 
 soak: $(VENV)/test
