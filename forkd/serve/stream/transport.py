@@ -69,8 +69,12 @@ from forkd.system.socket_stats import cookie_of, read_tcp_info, unacknowledged_b
 log = logging.getLogger("forkd.transport")
 access_log = logging.getLogger(ACCESS_LOGGER)
 
-#: Bytes of one read at most.
-READ_SIZE = 64 * 1024
+#: Bytes of one read at most: asyncio's.
+READ_SIZE = 256 * 1024
+
+# glibc has the kernel map a block of 128 KiB or more each time it is asked for one, until one has been freed: from then
+# on it keeps what is as large as that (mallopt(3), M_MMAP_THRESHOLD).
+bytes(READ_SIZE + 4096)
 
 #: Writes that are sent at once, since the last read or wait for the socket. What is written after them waits for the
 #: loop to turn, up to `pause_writing`: a client that reads fast would otherwise let a handler write for ever.
