@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from tests.support.processes import DEADLINE, eventually
 
 _ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0",
+    "--disable-background-networking", "--disable-component-update", "--disable-breakpad", "--disable-crash-reporter",
+    "--remote-debugging-port=0",
 )  # fmt: skip
 
 
@@ -81,7 +84,8 @@ def browser(directory: Path) -> Iterator[Browser]:
     log = directory / "chromium.log"
     command = ["chromium", *_ARGUMENTS, f"--user-data-dir={directory / 'chromium'}", "about:blank"]
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stderr=errors, stdout=errors, start_new_session=True)
+        environment = {**os.environ, "TMPDIR": str(directory)}
+        process = subprocess.Popen(command, stderr=errors, stdout=errors, env=environment, process_group=0)
     try:
         address = eventually(lambda: re.search(r"listening on (ws://\S+)", log.read_text()), what="the browser's start")
         with connect(address[1], max_size=None) as socket:
@@ -91,5 +95,10 @@ def browser(directory: Path) -> Iterator[Browser]:
             tab.tell("Browser.close")
         process.wait(DEADLINE)
     finally:
-        process.kill()
+        # Also what it has started: its processes outlive it by a moment, and are this process's to reap then.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(DEADLINE)
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-process.pid, 0)
