@@ -206,14 +206,16 @@ def systemd(facts: DaemonFacts) -> Iterator[Finding]:
         return
     edit = f"systemctl edit {unit.name}"
     if not unit.takes_extensions:  # else forkd asks for the time that it needs
+        stop = None if facts.drain_timeout is None else facts.stop_delay + facts.drain_timeout
+        keys = "stop_delay and drain_timeout" if facts.stop_delay else "drain_timeout"
         for setting, there, own, margin, key in (
-            ("TimeoutStopSec", unit.stop_seconds, facts.drain_timeout, _STOP_MARGIN, "drain_timeout"),
+            ("TimeoutStopSec", unit.stop_seconds, stop, _STOP_MARGIN, keys),
             ("TimeoutStartSec", unit.start_seconds, facts.boot_timeout, _START_MARGIN, "boot_timeout"),
         ):
             needed = None if own is None else own + margin
             if there is not None and needed is not None and there < needed:
                 yield Finding(
-                    f"{setting} of {unit.name} is {there:g}s, less than its {key} of {own:g}s takes: systemd kills it",
+                    f"{setting} of {unit.name} is {there:g}s, too short for the {own:g}s of its {key}: it is killed",
                     f"{edit}: Type=notify and NotifyAccess=main, by which it asks for more, or {setting}={needed:g}s",
                 )
     if unit.burst and unit.restarts and unit.restart_seconds * unit.burst < unit.interval_seconds:

@@ -119,7 +119,7 @@ class DaemonFacts:
         connections: how many a worker may have by the limits; 0: there is no limit.
         nofile: how many descriptors a worker may have.
         most_clients: of the worker that has the most.
-        drain_timeout, boot_timeout: the settings.
+        stop_delay, drain_timeout, boot_timeout: the settings.
         run_directory: where that is.
         cleaning: what removes old files there, in a sentence; empty: nothing does.
         lingers: whether the user's directory below /run/user outlives the last logout; None: it is elsewhere.
@@ -146,6 +146,7 @@ class DaemonFacts:
     connections: int = 0
     nofile: int | None = None
     most_clients: int = 0
+    stop_delay: float = 0.0
     drain_timeout: float | None = None
     boot_timeout: float | None = None
     run_directory: Path | None = None
@@ -238,6 +239,7 @@ def _facts(name: str, result: LoadResult | None, seen: SeenDaemon | None) -> Dae
         connections=_connections(settings, status.get("wanted") or settings.workers or 1),
         nofile=_nofile(workers, settings),
         most_clients=max((one["clients"] for one in workers), default=0),
+        stop_delay=0.0 if result is None else settings.stop_delay,
         drain_timeout=None if result is None else settings.drain_timeout,
         boot_timeout=status.get("boot_timeout", settings.boot_timeout),
         run_directory=directory,
@@ -483,11 +485,12 @@ def parse_unit(name: str, text: str, pid: int | None) -> Unit | None:
     found = dict(line.partition("=")[::2] for line in text.splitlines())
     if found.get("LoadState") != "loaded" or (pid is not None and found.get("MainPID") != str(pid)):
         return None
-    notify = found.get("Type") in ("notify", "notify-reload") and found.get("NotifyAccess") != "none"
+    # A unit of these types is started when its process is (systemd.service(5)): no boot is too long for it.
+    started_at_once = found.get("Type") in ("simple", "exec", "idle")
     return Unit(
         name,
-        takes_extensions=notify,
-        start_seconds=parse_span(found.get("TimeoutStartUSec", "infinity")),
+        takes_extensions=found.get("NotifyAccess", "none") != "none",
+        start_seconds=None if started_at_once else parse_span(found.get("TimeoutStartUSec", "infinity")),
         stop_seconds=parse_span(found.get("TimeoutStopUSec", "infinity")),
         restarts=found.get("Restart", "no") != "no",
         restart_seconds=parse_span(found.get("RestartUSec", "0")) or 0.0,

@@ -67,7 +67,16 @@ def test_check_of_the_machine_finds_its_fault(
         (
             doctor.systemd,
             {"unit": Unit("u", takes_extensions=False, stop_seconds=10, burst=0), "drain_timeout": 30.0},
-            "TimeoutStopSec of u is 10s, less than its drain_timeout of 30s takes",
+            "TimeoutStopSec of u is 10s, too short for the 30s of its drain_timeout",
+        ),
+        (
+            doctor.systemd,
+            {
+                "unit": Unit("u", takes_extensions=False, stop_seconds=40, burst=0),
+                "drain_timeout": 30.0,
+                "stop_delay": 25.0,
+            },
+            "TimeoutStopSec of u is 40s, too short for the 55s of its stop_delay and drain_timeout",
         ),
         (
             doctor.systemd,
@@ -138,6 +147,23 @@ def test_unit_is_that_whose_main_process_the_master_is() -> None:
     assert unit == Unit("u", takes_extensions=False, stop_seconds=10.0)
     assert parse_unit("u", text, 8) is None
     assert parse_unit("u", "LoadState=not-found\n", None) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "access", "start_seconds", "takes_extensions"),
+    [
+        ("notify", "main", 20.0, True),
+        ("simple", "main", None, True),
+        ("exec", "none", None, False),
+        ("forking", "none", 20.0, False),
+    ],
+)
+def test_type_of_a_unit_says_whether_it_waits_for_a_start_and_may_be_asked_for_time(
+    kind: str, access: str, start_seconds: float | None, takes_extensions: bool
+) -> None:
+    unit = parse_unit("u", f"LoadState=loaded\nType={kind}\nNotifyAccess={access}\nTimeoutStartUSec=20s\n", None)
+    assert unit is not None
+    assert (unit.start_seconds, unit.takes_extensions) == (start_seconds, takes_extensions)
 
 
 def findings(daemon: Daemon, *target: object) -> dict[str, str]:
