@@ -6,10 +6,12 @@ import csv
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from forkd.system.scoreboard import HEARTBEAT_SECONDS
 from tests.support.admin import service_of
 from tests.support.changing_daemon import Changing
 from tests.support.clients import dial, echoes
@@ -42,6 +44,12 @@ class Balancer:
 
     def wait(self, status: str, weight: int, name: str = "agent") -> None:
         eventually(lambda: self.server(name) == (status, weight), what=f"{name} {status} of weight {weight}")
+
+    def wait_both(self, status: str) -> None:
+        """By the agent check, and by /ready."""
+        eventually(
+            lambda: all(self.server(name)[0].startswith(status) for name in ("agent", "ready")), what=f"both {status}"
+        )
 
 
 @contextmanager
@@ -88,8 +96,7 @@ def test_haproxy_follows_the_daemon(harness: Harness, tmp_path: Path) -> None:
         assert all(map(echoes, clients))
         found.wait("UP", 50)
         os.kill(daemon.workers()[1], signal.SIGSTOP)  # killed as it stalls, and followed by another one
-        eventually(lambda: found.server("agent")[0].startswith("DOWN"), what="a server taken out by the agent")
-        eventually(lambda: found.server("ready")[0].startswith("DOWN"), what="a server taken out by /ready")
+        found.wait_both("DOWN")
         found.wait("UP", 100)
         found.wait("UP", 100, "ready")
         client = harness.connect(daemon)
@@ -97,3 +104,21 @@ def test_haproxy_follows_the_daemon(harness: Harness, tmp_path: Path) -> None:
         daemon.signal(signal.SIGTERM)
         eventually(lambda: found.server("agent")[0].startswith("DRAIN"), what="a server that drains")
         client.close()
+
+
+def test_stuck_pool_is_out_before_a_fourth_heartbeat(harness: Harness, tmp_path: Path) -> None:
+    settings = ("admin.address=tcp://127.0.0.1:0", "agent=tcp://127.0.0.1:0")
+    daemon = harness.daemon(workers=2, settings=settings).start()
+    pool = list(daemon.workers().values())
+    with balancer(tmp_path, daemon) as found:
+        found.wait_both("UP")
+        for pid in pool:
+            os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        found.wait_both("DOWN")
+        # Three heartbeats that are missed, one interval of a tenth of that, and the rest for a machine that is busy.
+        assert time.monotonic() - stopped < 4 * HEARTBEAT_SECONDS
+        for pid in pool:
+            os.kill(pid, signal.SIGCONT)
+        found.wait_both("UP")
+    assert list(daemon.workers().values()) == pool
