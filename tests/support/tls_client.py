@@ -1,10 +1,16 @@
-"""A client with TLS that can say its end and read on: Python's own socket also reads when it says its end."""
+"""Clients with TLS: one that can say its end and read on, where Python's own socket also reads when it says its end;
+and much data that is sent and received at the same time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
+import time
+
+from tests.support.processes import DEADLINE
 
 _CHUNK = 65_536
 
@@ -70,3 +76,26 @@ class TlsClient:
     def _flush(self) -> None:
         if data := self._out.read():
             self._sock.sendall(data)
+
+
+def pump(client: ssl.SSLSocket, data: bytes) -> bytes:
+    """What comes back for much data, up to its length. One thread sends and receives: OpenSSL does not allow two at a
+    time for one connection, and not every Python keeps them apart.
+    """
+    received, left, deadline = bytearray(), memoryview(data), time.monotonic() + DEADLINE
+    client.setblocking(False)
+    while len(received) < len(data):
+        assert time.monotonic() < deadline, f"{len(received)} of {len(data)} bytes have come back"
+        moved = False
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            left = left[client.send(left[:_CHUNK]) :] if left else left
+            moved = bool(left)
+        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            chunk = client.recv(_CHUNK)
+            assert chunk, f"the connection has ended after {len(received)} of {len(data)} bytes"
+            received += chunk
+            moved = True
+        if not moved:
+            select.select([client], [client] if left else [], [], 1)
+    client.settimeout(DEADLINE)
+    return bytes(received)

@@ -9,7 +9,6 @@ import socket
 import ssl
 import struct
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from tests.support.clients import at_end, echoes, read
 from tests.support.daemon import Daemon, Harness
 from tests.support.once_process import OnceProcess
 from tests.support.processes import descendants, eventually
-from tests.support.tls_client import TlsClient
+from tests.support.tls_client import TlsClient, pump
 
 
 @pytest.fixture
@@ -124,11 +123,7 @@ def test_much_data_goes_through_both_ways(harness: Harness, authority: Authority
     daemon = serving(harness, authority, "command: [cat]")
     client = secure(harness, authority, daemon.address)
     data = os.urandom(3_000_000)
-    sender = threading.Thread(target=client.sendall, args=(data,))
-    sender.start()
-    received = read(client, len(data))
-    sender.join()
-    assert received == data
+    assert pump(client, data) == data
     assert echoes(client)
 
 
@@ -160,14 +155,14 @@ def test_slow_client_and_slow_program_hold_each_other_up(harness: Harness, autho
     talks = secure(harness, authority, sleeps)
     talks.settimeout(0.2)
     with pytest.raises(TimeoutError):  # the program does not read, so the client comes to a stand
-        pump(talks)
+        send_much(talks)
     worker = next(iter(daemon.workers().values()))
     idle = eventually(lambda: cpu_stands(worker), what="a worker at rest")
     assert idle
     assert resident(worker) < 100 << 20
 
 
-def pump(client: socket.socket) -> None:
+def send_much(client: socket.socket) -> None:
     for _ in range(1000):
         client.send(bytes(65536))
 

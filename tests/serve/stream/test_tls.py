@@ -11,7 +11,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from tests.support.clients import at_end, echoes, endpoint, read
 from tests.support.daemon import Daemon, Harness
 from tests.support.once_process import OnceProcess
 from tests.support.processes import DEADLINE, eventually
-from tests.support.tls_client import TlsClient
+from tests.support.tls_client import TlsClient, pump
 
 
 @pytest.fixture
@@ -93,15 +92,6 @@ def test_handler_talks_and_knows_of_tls(harness: Harness, authority: Authority, 
     client.unwrap()
     eventually(lambda: daemon.status()["workers"][0]["clients"] == 0, what="the client's end")
     assert ended(daemon) == {}
-
-
-def pump(client: ssl.SSLSocket, data: bytes) -> bytes:
-    """What comes back for much data, which is sent and received at the same time."""
-    sender = threading.Thread(target=client.sendall, args=(data,))
-    sender.start()
-    received = read(client, len(data))
-    sender.join()
-    return received
 
 
 @pytest.mark.parametrize("handler", ["forkd.builtin:Echo", "secret:Buffered", "blocking:echo"])
