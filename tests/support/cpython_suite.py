@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from forkd.serve.loop import PollLoop
-from forkd.serve.stream.coroutine import Reader, Writer
+from forkd.serve.stream.coroutine import StreamReader, StreamWriter
 from tests.support.network_namespaces import leave_network
 from tests.support.transport_contract import RecordingObserver, twin
 
@@ -135,7 +135,7 @@ def main(kind: str, name: str) -> None:
         leave_network()
     SuiteLoop.kind = kind
     for module in (asyncio, asyncio.streams):
-        vars(module).update(StreamReader=Reader, StreamWriter=Writer)
+        vars(module).update(StreamReader=StreamReader, StreamWriter=StreamWriter)
     asyncio.set_event_loop_policy(SuitePolicy())
     tests = import_module(f"test.test_asyncio.{name}")
     result = unittest.TextTestRunner().run(unittest.TestSuite(cases(tests, MODULES[name])))

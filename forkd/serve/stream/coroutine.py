@@ -58,17 +58,17 @@ def streams_factory(
             writer.close()
 
     def factory() -> asyncio.StreamReaderProtocol:
-        return StreamsProtocol(Reader(loop=loop), serve, loop=loop)
+        return StreamsProtocol(StreamReader(loop=loop), serve, loop=loop)
 
     return factory
 
 
 class StreamsProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's, whose handler is a coroutine function and gets a `Writer`."""
+    """asyncio's, whose handler is a coroutine function and gets a `StreamWriter`."""
 
     _loop: PollLoop
 
-    def __init__(self, reader: Reader, handler: StreamsHandler, loop: PollLoop) -> None:
+    def __init__(self, reader: StreamReader, handler: StreamsHandler, loop: PollLoop) -> None:
         super().__init__(reader, handler, loop=loop)  # type: ignore[arg-type]
         self.data_received = reader.feed_data  # type: ignore[method-assign]  # in one call
 
@@ -79,7 +79,7 @@ class StreamsProtocol(asyncio.StreamReaderProtocol):
         reader.set_transport(transport)
         mine._transport = transport
         mine._over_ssl = transport.get_extra_info("sslcontext") is not None
-        mine._stream_writer = writer = Writer(transport, self, reader, self._loop)  # type: ignore[arg-type]
+        mine._stream_writer = writer = StreamWriter(transport, self, reader, self._loop)  # type: ignore[arg-type]
         mine._task = self._loop.create_task(mine._client_connected_cb(reader, writer))
         mine._strong_reader = None  # from now on the handler has it
 
@@ -89,7 +89,7 @@ class StreamsProtocol(asyncio.StreamReaderProtocol):
         del self.data_received  # which keeps the reader
 
 
-class Reader(asyncio.StreamReader):
+class StreamReader(asyncio.StreamReader):
     """asyncio's, whose reads let the others of the loop have their turn when the task has run for some time.
 
     asyncio's do not wait while there is something to read, so that a client which sends thousands of short lines at
@@ -200,7 +200,7 @@ class Reader(asyncio.StreamReader):
         return data
 
 
-class Writer(asyncio.StreamWriter):
+class StreamWriter(asyncio.StreamWriter):
     """asyncio's, whose `drain` has nothing to wait for in the plain case."""
 
     async def drain(self) -> None:
