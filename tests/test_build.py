@@ -144,5 +144,6 @@ def test_wheel_is_for_this_platform_or_for_all(source: Path, pure: str) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "forkd/gone.py" not in names  # what an earlier build had
     assert {"forkd/py.typed", "forkd/_files/systemd/forkd@.service"} <= set(names)
+    assert "forkd/master/admin/page.html" in names
     assert [name for name in names if name.endswith((".pyx", ".c")) or name.startswith("tests")] == []
     assert sum(name.endswith(".so") for name in names) == (0 if pure == "1" else len(EXTENSIONS))

@@ -164,10 +164,15 @@ def clients_of(state: DaemonState) -> ClientsReply:
 def status_line(state: DaemonState, change: str) -> str:
     """The state of the daemon in one line, for a service manager."""
     found = _summary(state, change)
-    clients = sum(worker["clients"] for worker in found["workers"])
-    parts = [f"{found['state']}: {found['serving']} of {found['wanted']} workers, {clients} clients", found["reason"]]
+    serving = f"{found['serving']} of {found['wanted']} workers"
+    parts = [f"{found['state']}: {serving}, {client_count(state)} clients", found["reason"]]
     parts += ["drained" * state.drained, f"{change} is under way" if change else found["refusal"]]
     return escaped("; ".join(filter(None, parts)))
+
+
+def client_count(state: DaemonState) -> int:
+    """How many connections are open, in all workers, as these claim."""
+    return sum(max(0, one.row.active) for one in state.workers.values() if one.slot != HELPER)
 
 
 def _why_missing(state: DaemonState, slot: int, now: float) -> str:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from forkd.master.spawn import HELPER
 from forkd.master.state import DaemonState
-from forkd.master.status import totals_by_slot
+from forkd.master.status import client_count, totals_by_slot
 from forkd.master.workers import EXPECTED
 from forkd.system.socket_stats import accept_queue_of
 
@@ -26,7 +25,7 @@ _MOST_LISTENERS = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Moment:
     """The daemon at one time.
 
     Attributes:
@@ -53,7 +52,7 @@ class History:
 
     def __init__(self, state: DaemonState) -> None:
         self._state = state
-        self._samples: deque[Sample] = deque(maxlen=MOST_SAMPLES)
+        self._samples: deque[Moment] = deque(maxlen=MOST_SAMPLES)
         self._due = 0.0
 
     def advance(self, now: float) -> float:
@@ -84,7 +83,7 @@ class History:
             "listeners": [{"address": name, **_lines_of(name, samples)} for name in listeners],
         }  # fmt: skip
 
-    def _sample(self, now: float) -> Sample:
+    def _sample(self, now: float) -> Moment:
         state = self._state
         totals: dict[str, int] = {}
         for counts in totals_by_slot(state).values():
@@ -99,16 +98,16 @@ class History:
             opened, closed = served[name][:2] if name in served else (0, 0)
             waiting = sum(accept_queue_of(sock).waiting or 0 for sock in bound.sockets)
             listeners[name] = max(0, opened - closed), opened, waiting
-        return Sample(
+        return Moment(
             at=now,
-            clients=sum(max(0, one.row.active) for one in state.workers.values() if one.slot != HELPER),
+            clients=client_count(state),
             counts={**{name: totals.get(name, 0) for name in ("accepted", "refused", "ended", "errors")},
                     "deaths": unexpected},
             listeners=listeners,
         )  # fmt: skip
 
 
-def _lines_of(name: str, samples: list[Sample]) -> dict[str, list[float]]:
+def _lines_of(name: str, samples: list[Moment]) -> dict[str, list[float]]:
     """What is told of a listener; before it was there it had nothing."""
     found = [(one, one.listeners.get(name, (0, 0, 0))) for one in samples]
     return {
@@ -118,6 +117,6 @@ def _lines_of(name: str, samples: list[Sample]) -> dict[str, list[float]]:
     }
 
 
-def _rate(earlier: Sample, later: Sample, before: int, after: int) -> float:
+def _rate(earlier: Moment, later: Moment, before: int, after: int) -> float:
     """How much a second, of a count; never less than nothing, as where a listener was removed and came again."""
     return round(max(0, after - before) / max(0.001, later.at - earlier.at), 2)

@@ -19,9 +19,8 @@ from forkd.errors import ForkdError
 from forkd.master.admin.history import History
 from forkd.master.admin.metrics import Metrics
 from forkd.master.admin.page import BODY, HTML, POLICY
-from forkd.master.spawn import HELPER
 from forkd.master.state import DaemonState
-from forkd.master.status import clients_of, why_not_ready
+from forkd.master.status import client_count, clients_of, why_not_ready
 from forkd.system.client_list import list_clients
 
 log = logging.getLogger("forkd.admin")
@@ -134,7 +133,7 @@ def _json(told: dict[str, Any]) -> Page:
 
 def _oldest_clients(state: DaemonState) -> dict[str, Any]:
     """The clients that have been connected for longest: their number in all, some of them, and why there are none."""
-    total = sum(max(0, one.row.active) for one in state.workers.values() if one.slot != HELPER)
+    total = client_count(state)
     told: dict[str, Any] = {"total": total, "clients": [], "why_none": ""}
     if total > MOST_LISTED:
         told["why_none"] = f"more than {MOST_LISTED} clients: `forkd clients` lists them"

@@ -35,7 +35,7 @@ from forkd.serve.deadlines import ActivityStamps
 from forkd.serve.loop import IN, OUT, PollLoop
 from forkd.serve.stream.handed_over import HandedOver, HandOverServer
 from forkd.serve.stream.tls import NOT_YET, BufferedTlsSession, TlsSession
-from forkd.serve.stream.transport import READ_SIZE, ServerContext
+from forkd.serve.stream.transport import ServerContext
 from forkd.system.process import c_function
 
 log = logging.getLogger("forkd.program")
@@ -49,6 +49,10 @@ _KILL_SECONDS = 0.2
 #: Seconds in which a program that has a socket ends at once, and how many such ends there may be before the next one is
 #: held up for as long.
 _SHORT, _MOST_SHORT = 1.0, 20
+
+#: Bytes that are moved at once between a client and a program. What waits for a slow program is kept for each
+#: connection, and what is left of it is copied at each send that takes a part.
+_READ_SIZE = 64 * 1024
 
 #: Bytes of a line in the log at most, and of one read.
 _LINE = 4096
@@ -691,7 +695,7 @@ class Relay:
     def _from_client(self) -> None:
         if not (self.client_has_ended or self._to_program) and self._program_takes:
             try:
-                self._to_program = self._recv(READ_SIZE)
+                self._to_program = self._recv(_READ_SIZE)
                 self.client_has_ended = not self._to_program
             except NOT_YET:
                 pass
@@ -723,7 +727,7 @@ class Relay:
         """What the program says; empty where it says nothing now, or no more."""
         said = b""
         try:
-            said = self._program.recv(READ_SIZE)
+            said = self._program.recv(_READ_SIZE)
             self._program_sends = bool(said)
         except BlockingIOError:
             self._program_sends = self._finished is None

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from forkd.master.admin.history import MOST_SAMPLES, STEP, History, Sample
+from forkd.master.admin.history import MOST_SAMPLES, STEP, History, Moment
 from forkd.master.state import DaemonState
 from tests.support.admin import ask
 from tests.support.clients import echoes
@@ -21,10 +21,10 @@ class Drawn(History):
         super().__init__(cast(DaemonState, None))
         self.taken = 0
 
-    def _sample(self, now: float) -> Sample:
+    def _sample(self, now: float) -> Moment:
         self.taken += 1
         listeners = {"tcp://late:1": (1, 5 * self.taken, 2)} if self.taken > 1 else {}
-        return Sample(now, self.taken, {"accepted": 10 * self.taken}, listeners)
+        return Moment(now, self.taken, {"accepted": 10 * self.taken}, listeners)
 
 
 def test_samples_are_on_a_grid_however_late_the_master_is() -> None:
