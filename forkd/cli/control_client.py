@@ -30,8 +30,11 @@ from forkd.system.pidfile import RunDirectory
 #: Seconds within which a healthy master replies to a request that needs no work.
 REPLY_SECONDS = 10.0
 
-#: Seconds within which a master that has lost its control socket's path has made it again.
+#: Seconds within which a master that has lost its control socket's path has made it again, and accepts.
 MISSING_SECONDS = 3.0
+
+#: A connection's errors that pass: the path is being made again, or others wait to be accepted.
+_PASSING = (FileNotFoundError, ConnectionRefusedError, BlockingIOError)
 
 #: The flag of a listening socket in /proc/net/unix (proc_net(5)).
 _LISTENING = "00010000"
@@ -139,6 +142,7 @@ def _connected(run: RunDirectory) -> socket.socket:
     deadline = time.monotonic() + MISSING_SECONDS
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)  # else a master that stands still, with a full backlog, is waited for without end
         try:
             sock.connect(str(run.control))
             _check_peer(run, sock)
@@ -150,7 +154,9 @@ def _connected(run: RunDirectory) -> socket.socket:
             who = f"{run.name} runs, pid {pid}," if pid else f"{run.name} runs,"
             if isinstance(error, PermissionError):
                 raise NotAllowed(f"{who} but this user may not ask it at {run.control}") from None
-            if time.monotonic() > deadline or not isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            if isinstance(error, BlockingIOError) and time.monotonic() > deadline:
+                raise ForkdError(f"{who} but does not answer: too many wait at {run.control} already") from None
+            if time.monotonic() > deadline or not isinstance(error, _PASSING):
                 raise ForkdError(f"{who} but can't be asked at {run.control}: {error.strerror}") from None
             time.sleep(0.05)
         else:

@@ -1,8 +1,8 @@
 """`forkd top`: a daemon's status, live on a terminal, or as one picture.
 
 `take_snapshot` asks the daemon and the kernel; `picture` makes lines of that, and `press` does what a key says. Both
-know nothing of the terminal, which `_Screen` has, by curses. The daemon may end meanwhile: that is shown, and it is
-tried again every second.
+know nothing of the terminal, which `_Screen` has, by curses. A thread asks (`_Sampler`), so that keys are obeyed while
+the master stands still. The daemon may end meanwhile: that is shown, and it is tried again every second.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from forkd import MOST_WORKERS
@@ -137,7 +139,7 @@ _HELP = {
 def top(command: argparse.Namespace) -> int:
     """`forkd top`."""
     run = _find(wanted_daemon(command), only=command.target is None and command.name is None)
-    if command.once or not sys.stdout.isatty():
+    if command.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         sample = take_snapshot(run, View(), None)
         if not sample.status:
             raise ForkdError(sample.error)
@@ -179,7 +181,8 @@ def take_snapshot(run: RunDirectory, view: View, before: Snapshot | None) -> Sna
     Args:
         run: its run directory.
         view: what is to be seen.
-        before: the last sample, for the rates.
+        before: the last sample, for the rates. Of a daemon that runs and does not answer it is told again, with the
+            time since then.
     """
     now = time.time()
     try:
@@ -193,7 +196,10 @@ def take_snapshot(run: RunDirectory, view: View, before: Snapshot | None) -> Sna
             except ForkdError as error:
                 return Snapshot(now, status, rates, error=str(error))
     except (ForkdError, OSError) as error:
-        return Snapshot(now, error=str(error))
+        if isinstance(error, NotRunning) or before is None or not before.status:
+            return Snapshot(now, error=str(error))
+        since = age(max(0.0, time.time() - before.now))
+        return replace(before, error=f"no answer for {since}, and what is shown is older: {error}")
 
 
 def _clients(master: MasterConnection) -> list[dict[str, Any]]:
@@ -401,6 +407,38 @@ def carry_out(run: RunDirectory, order: tuple[str, int], seconds: float) -> str:
 # The terminal
 
 
+class _Sampler:
+    """Takes samples in a thread of its own, one after the other.
+
+    Args:
+        run: the daemon's run directory.
+        view: what is to be seen; its page alone is read here.
+        wake: called when there is a new sample, by that thread.
+    """
+
+    def __init__(self, run: RunDirectory, view: View, wake: Callable[[], None]) -> None:
+        self._run, self._view, self._wake = run, view, wake
+        self._wanted = threading.Event()
+        self.sample = Snapshot(time.time(), error=f"{run.name} is asked")
+
+    def start(self) -> None:
+        """Begins; it ends with the process."""
+        threading.Thread(target=self._go_on, daemon=True).start()
+
+    def hurry(self) -> None:
+        """Has the next sample taken at once."""
+        self._wanted.set()
+
+    def _go_on(self) -> None:
+        while True:
+            began = time.monotonic()
+            self.sample = take_snapshot(self._run, self._view, self.sample)
+            self._wake()
+            took = time.monotonic() - began  # with many clients it takes long
+            self._wanted.wait(_SECONDS if self.sample.error else max(_SECONDS, 3 * took))
+            self._wanted.clear()
+
+
 class _Screen:
     """The terminal.
 
@@ -412,9 +450,15 @@ class _Screen:
     def __init__(self, window: Any, run: RunDirectory) -> None:
         import curses  # noqa: PLC0415 (as `top` does)
 
+        self._curses = curses
         self._window = window
         self._run = run
         self._view = View()
+        # A new sample, the outcome of an order and a signal write to it; what is in it does not matter.
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self._sampler = _Sampler(run, self._view, self._wake)
         self._keys = {
             curses.KEY_UP: "up", curses.KEY_DOWN: "down", curses.KEY_LEFT: "<", curses.KEY_RIGHT: ">", 27: "escape",
         }  # fmt: skip
@@ -431,23 +475,38 @@ class _Screen:
 
     def run(self) -> None:
         """Shows and obeys until the user has seen enough."""
-        view, sample, due = self._view, take_snapshot(self._run, self._view, None), time.monotonic() + _SECONDS
+        signal.signal(signal.SIGWINCH, lambda *_: None)  # it is looked for by `_size`
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._window.nodelay(True)
+        self._sampler.start()
+        poll = select.poll()
+        poll.register(sys.stdin, select.POLLIN)
+        poll.register(self._woken, select.POLLIN)
         while True:
-            self._show(picture(sample, view, *self._size()))
-            self._window.timeout(max(0, int((due - time.monotonic()) * 1000)))
-            key = self._window.getch()
-            if key >= 0:
-                page = view.page
-                order = press(self._keys.get(key, chr(key) if key < 256 else ""), sample, view)
-                if order == ("quit", 0):
+            self._show(picture(self._sampler.sample, self._view, *self._size()))
+            if any(event & select.POLLHUP for _, event in poll.poll()):  # the terminal is gone
+                return
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
+            while (key := self._window.getch()) >= 0:
+                if not self._obey(self._keys.get(key, chr(key) if key < 256 else "")):
                     return
-                if order is not None:
-                    self._begin(order, sample)
-                if view.page == page and order is None:
-                    continue
-            before = sample
-            sample = take_snapshot(self._run, view, before)
-            due = time.monotonic() + max(_SECONDS, 3 * (time.time() - sample.now))  # with many clients it takes long
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # enough is in it
+            self._waker.send(b"\0")
+
+    def _obey(self, key: str) -> bool:
+        """Does what a key says; whether to go on."""
+        page, sample = self._view.page, self._sampler.sample
+        order = press(key, sample, self._view)
+        if order == ("quit", 0):
+            return False
+        if order is not None:
+            self._begin(order, sample)
+        elif self._view.page != page:
+            self._sampler.hurry()
+        return True
 
     def _begin(self, order: tuple[str, int], sample: Snapshot) -> None:
         """Has an order carried out by a thread: a scale may take as long as a worker takes to boot."""
@@ -456,10 +515,17 @@ class _Screen:
 
         def carry() -> None:
             self._view.message = carry_out(self._run, order, seconds)
+            self._wake()
+            self._sampler.hurry()
 
         threading.Thread(target=carry, daemon=True).start()
 
     def _size(self) -> tuple[int, int]:
+        """How many columns and lines there are now."""
+        with contextlib.suppress(OSError):
+            columns, lines = os.get_terminal_size(sys.stdout.fileno())
+            if self._curses.is_term_resized(lines, columns):
+                self._curses.resizeterm(lines, columns)
         height, width = self._window.getmaxyx()
         return max(1, width - 1), max(1, height)  # the last cell of the last line can't be written
 

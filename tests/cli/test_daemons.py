@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,26 @@ def test_list_goes_on_where_a_master_does_not_answer(harness: Harness, tmp_path:
         os.kill(pid, signal.SIGCONT)
     assert (found[pid]["state"], found[pid]["error"]) == (None, "list-c does not answer")
     assert found[other.pid]["state"] == "running"
+
+
+def test_command_ends_where_too_many_wait_for_the_master(harness: Harness, tmp_path: Path) -> None:
+    daemon = harness.daemon(workers=1).start()
+    pid, waiting = daemon.pid, []
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting.append(socket.socket(socket.AF_UNIX))
+                waiting[-1].setblocking(False)
+                waiting[-1].connect(str(daemon.run_directory / "control.sock"))
+        result = daemon.command("status", seconds=15)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        for one in waiting:
+            one.close()
+    assert result.returncode == 1
+    assert f"tested runs, pid {pid}, but does not answer: too many wait at " in result.stderr
+    assert daemon.command("status").returncode == 0
 
 
 def test_list_shows_daemons_of_others_by_their_processes(harness: Harness, open_directory: Path) -> None:

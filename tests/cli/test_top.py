@@ -12,11 +12,15 @@ import struct
 import subprocess
 import sys
 import termios
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forkd.cli.top import CLIENTS, WORKERS, Snapshot, View, picture, press, rows_of
+from forkd.cli.top import CLIENTS, WORKERS, Line, Snapshot, View, picture, press, rows_of, take_snapshot
+from forkd.errors import ForkdError
+from forkd.system.pidfile import RunDirectory
 from tests.support.clients import at_end, echoes
 from tests.support.daemon import Daemon, Harness
 from tests.support.processes import eventually
@@ -116,11 +120,13 @@ def test_scale_keys_stay_within_what_is_possible() -> None:
 class Terminal:
     """`forkd top` of a daemon, on a terminal of 80 by 24."""
 
-    def __init__(self, daemon: Daemon, **environment: str) -> None:
+    def __init__(self, daemon: Daemon, *, ignored: signal.Signals | None = None, **environment: str) -> None:
         self._master, slave = pty.openpty()
         os.set_blocking(self._master, False)
         self.resize(24, 80)
         command = [sys.executable, "-m", "forkd", "top", *map(str, daemon.identity)]
+        if ignored is not None:
+            command = ["sh", "-c", f"trap '' {ignored}; exec \"$@\"", "sh", *command]
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=daemon.directory,
             env={**os.environ, "TERM": "xterm-256color", **environment},
@@ -142,7 +148,22 @@ class Terminal:
 
     def wait(self, pattern: str) -> None:
         """Waits until what was drawn since the last key fits a pattern."""
-        eventually(lambda: re.search(pattern, self._read()), what=f"{pattern!r} in {self._new[-2000:]!r}")
+        found = ""
+
+        def shown() -> bool:
+            nonlocal found
+            found = self._read()
+            return bool(re.search(pattern, found))
+
+        try:
+            eventually(shown, what=pattern)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {found[-2000:]!r}") from None
+
+    def hang_up(self) -> None:
+        """What a lost connection to the terminal does."""
+        os.close(self._master)
+        self._master = os.open(os.devnull, os.O_RDONLY)
 
     def end(self) -> int:
         try:
@@ -169,6 +190,7 @@ def test_top_shows_a_daemon_and_obeys_its_keys(harness: Harness) -> None:
     terminal.wait("close the client")
     terminal.type("y")
     assert at_end(client)
+    terminal.wait("closed the client")
     terminal.type("c")
     terminal.wait("c clients")
     terminal.resize(12, 40)
@@ -180,6 +202,57 @@ def test_top_shows_a_daemon_and_obeys_its_keys(harness: Harness) -> None:
     assert terminal.end() == 0
     assert not re.search(r"\x1b\[(?:\d+;)*3[12](?:;\d+)*m", terminal.all)  # no colour
     assert "Traceback" not in terminal.all
+
+
+def test_top_obeys_keys_at_once_while_the_master_stands_still(harness: Harness) -> None:
+    daemon = harness.daemon(workers=1).start()
+    pid = daemon.pid
+    terminal = Terminal(daemon, NO_COLOR="1")
+    terminal.wait("tested: running, pid")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        terminal.wait("no answer for [0-9.]+s, and what is shown is older: tested does not answer")
+        times = []
+        for head in (r"ID\^", r"SLOT\^") * 3:
+            began = time.monotonic()
+            terminal.type("c")
+            terminal.wait(head)
+            times.append(time.monotonic() - began)
+        assert max(times) < 0.5  # a sample is waited for a second
+        terminal.type("")
+        terminal.wait(r"\x1b\[3;15H.*\d")  # the time is drawn again, since the master is asked again
+        began = time.monotonic()
+        terminal.type("q")
+        assert terminal.end() == 0
+        assert time.monotonic() - began < 0.9
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "Traceback" not in terminal.all
+
+
+def test_top_shows_what_was_before_until_the_master_answers() -> None:
+    before = Snapshot(time.time() - 70, sample().status)
+    missing = RunDirectory("chat", Path("/nonexistent/run"))
+    assert take_snapshot(missing, View(), before).error == "chat is not running"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forkd.cli.top.MasterConnection", no_answer)
+        silent = take_snapshot(missing, View(), before)
+        assert take_snapshot(missing, View(), silent).error == silent.error
+        assert take_snapshot(missing, View(), None).status == {}
+    lines = picture(silent, View(), 120, 24)
+    assert lines[0].text.startswith("chat: running")
+    assert lines[2] == Line("no answer for 1.2m, and what is shown is older: chat hangs", "bad")
+
+
+def no_answer(run: RunDirectory) -> None:
+    raise ForkdError(f"{run.name} hangs")
+
+
+def test_top_ends_with_its_terminal(harness: Harness) -> None:
+    terminal = Terminal(harness.daemon(workers=1).start(), ignored=signal.SIGHUP)
+    terminal.wait("tested: running, pid")
+    terminal.hang_up()
+    assert terminal.end() != -signal.SIGKILL
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
