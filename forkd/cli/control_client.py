@@ -225,8 +225,9 @@ class RunningMaster:
             return str(self.uid)
 
     def run_directory(self) -> Path | None:
-        """Where its control socket is, as the kernel says; None where that is not this user's to see, or is in another
-        root directory.
+        """Where its control socket is, as the kernel says; None where that is not this user's to see.
+
+        In a /tmp of its own, which a unit has by `PrivateTmp=`, it is by way of the process: proc_pid_root(5).
         """
         process = Path("/proc", str(self.pid))
         with contextlib.suppress(OSError, ValueError):
@@ -236,8 +237,18 @@ class RunningMaster:
                 if len(fields) == 8 and fields[3] == _LISTENING and f"socket:[{fields[6]}]" in own:
                     path = Path(fields[7])
                     if path.name in ("control.sock", "control.sock.new") and path.is_absolute():
-                        return path.parent
+                        return _seen_from_here(process / "root", path.parent)
         return None
+
+
+def _seen_from_here(root: Path, path: Path) -> Path:
+    """A directory of a process whose root is this one, as this process reaches it. Raises OSError where it does not."""
+    theirs = root / path.relative_to("/")
+    with contextlib.suppress(OSError):
+        if os.path.samefile(path, theirs):
+            return path
+    theirs.stat()
+    return theirs
 
 
 def running_masters(name: str = "") -> Iterator[RunningMaster]:
@@ -252,10 +263,11 @@ def running_masters(name: str = "") -> Iterator[RunningMaster]:
 
 
 def _is_near(process: Path) -> bool:
-    """Whether a process sees the same files as this one: a container's daemon is another one. Where that is hidden, the
-    process is another user's, and yes.
+    """Whether a process has the same root directory as this one: a container's daemon is another one. The mount
+    namespace is no sign of that, as systemd gives one to each unit with `PrivateTmp=` and the like. Where the root is
+    hidden, the process is another user's, and yes.
     """
     try:
-        return os.readlink(process / "ns/mnt") == os.readlink("/proc/self/ns/mnt")
+        return os.path.samefile(process / "root", "/")
     except PermissionError:
         return True

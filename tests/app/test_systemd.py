@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +160,42 @@ def test_unit_serves_as_another_user(container: SystemdContainer, clients: conte
         assert echoes(client)
     container.check_run("systemctl", "stop", service.unit)
     assert not re.search("ERROR|Traceback", container.journal(service.unit))
+
+
+@pytest.mark.parametrize("name", ["listed", "listed-dynamic", "listed-private"])
+def test_list_of_root_has_the_daemons_of_units(container: SystemdContainer, name: str) -> None:
+    """Also one whose run directory is in a /tmp of its own."""
+    service = Service(container, name)
+    if name == "listed-dynamic":
+        container.write(f"systemd/system/{service.unit}.service.d/user.conf", DROP_INS["dynamic"][0])
+    elif name == "listed-private":
+        start = (
+            f"[Service]\nExecStart=\nExecStart=/usr/bin/forkd run /etc/forkd/{name}.yaml --run-directory /tmp/{name}\n"
+        )
+        container.write(f"systemd/system/{service.unit}.service.d/where.conf", start)
+    container.check_run("systemctl", "daemon-reload")
+    service.start()
+    found = json.loads(container.check_run("forkd", "list", "--json"))
+    (one,) = [one for one in found if one["name"] == name]
+    assert (one["state"], one["error"], one["pid"]) == ("running", "", int(service.main))
+    assert one["addresses"] == [service.address]
+    private = name == "listed-private"
+    assert one["run_directory"] == (f"/proc/{service.main}/root/tmp/{name}" if private else f"/run/forkd/{name}")
+    assert f"{name}: running, pid {service.main}" in container.check_run("forkd", "top", name, "--once")
+    assert "reloaded" in container.check_run("forkd", "reload", name)
+    container.check_run("systemctl", "stop", service.unit)
+    assert name not in container.check_run("forkd", "list")
+
+
+def test_list_has_no_daemons_of_containers(container: SystemdContainer) -> None:
+    service = Service(container, "contained").start()
+    result = subprocess.run(
+        [sys.executable, "-m", "forkd", "list", "--json"], capture_output=True, text=True, timeout=60, check=True,
+        cwd=container.root,
+    )  # fmt: skip
+    assert "contained" in container.check_run("forkd", "list")
+    assert "contained" not in [one["name"] for one in json.loads(result.stdout)]
+    container.check_run("systemctl", "stop", service.unit)
 
 
 @pytest.mark.parametrize("late", ["dependency", "address"])
