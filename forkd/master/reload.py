@@ -255,7 +255,7 @@ class Changes:
         wanted = self._wanted_by(change.candidate.settings)
         if self._pool.serves(change.number, wanted):
             self._take_over(change.candidate)
-            self._state.change_failure = ""
+            self._state.change_failure, self._state.changed_at = "", time.time()
             self._state.change_counts["success"] += 1
             log.info("%s: done, generation %d serves", change.verb, change.number)
             self._end(change, ChangedReply(change.number, wanted))

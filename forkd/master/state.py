@@ -74,6 +74,7 @@ class DaemonState:
         last_failure: why the last worker that never served did not.
         change_failure: why the last change has failed; empty when it has not.
         change_failed_at: when, since the epoch.
+        changed_at: when the last one that succeeded has, since the epoch; 0 where none has.
         change_counts: how many reloads and upgrades have ended, by `success` or `failure`.
         kept_counts: what the kernel has counted for sockets, those that are closed by now too (`admin.metrics`).
         pushed: what counters were when statsd was last told, by name (`admin.statsd`).
@@ -98,6 +99,7 @@ class DaemonState:
     last_failure: BootError | None = None
     change_failure: str = ""
     change_failed_at: float = 0.0
+    changed_at: float = 0.0
     change_counts: Counter[str] = field(default_factory=Counter)
     kept_counts: dict[str, int] = field(default_factory=dict)
     pushed: dict[str, float] = field(default_factory=dict)
@@ -194,6 +196,7 @@ class DaemonState:
             exited_totals=self.pool.exited_totals,
             exited_listeners=self.pool.exited_listeners,
             handler_metrics=self.pool.handler_metrics,
+            changed_at=self.changed_at,
             change_counts=self.change_counts,
             kept_counts=self.kept_counts,
             pushed=self.pushed,
@@ -207,7 +210,7 @@ class DaemonState:
     def restore(self, snapshot: MasterSnapshot) -> None:
         """Goes on where another image left off."""
         self.master_state, self.wanted, self.started = MasterState.RUNNING, snapshot.wanted, snapshot.started
-        self.drained = snapshot.drained
+        self.drained, self.changed_at = snapshot.drained, snapshot.changed_at
         for worker in snapshot.workers:
             self.pool.adopt(worker)
         self.pool.slots[self.generation.number].update(snapshot.slots)

@@ -109,6 +109,8 @@ def _summary(state: DaemonState, change: str) -> dict[str, Any]:
         "drained": state.drained,
         "change": change,
         "last_failure": _last_failure(state),
+        "last_success": _last_success(state),
+        "change_counts": {result: state.change_counts[result] for result in ("success", "failure")},
         "refusal": state.change_failure,  # the former name of the text
         "generation": state.generation.number,
         "started": state.started,
@@ -130,6 +132,11 @@ def _summary(state: DaemonState, change: str) -> dict[str, Any]:
 def _last_failure(state: DaemonState) -> dict[str, Any] | None:
     """Why the last change has failed, and when; None where it has not."""
     return {"time": state.change_failed_at, "text": state.change_failure} if state.change_failure else None
+
+
+def _last_success(state: DaemonState) -> dict[str, Any] | None:
+    """When the last change that has succeeded did, and the generation that has served since; None where none has."""
+    return {"time": state.changed_at, "generation": state.generation.number} if state.changed_at else None
 
 
 def _listener_faults(state: DaemonState) -> list[str]:

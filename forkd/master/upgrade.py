@@ -37,7 +37,7 @@ from forkd.system.log_writer import UnwrittenLog
 from forkd.system.scoreboard import Field, Scoreboard
 
 #: The version of the snapshot's format; this code reads no other.
-FORMAT = 8
+FORMAT = 9
 
 #: What reading raises where something is missing, or is not what it should be.
 _WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
@@ -74,7 +74,7 @@ class MasterSnapshot:
         exit_counts: how many have ended, by cause.
         exited_listeners: the same for each listener, by its address.
         handler_metrics: what handlers had counted in workers that have ended.
-        change_counts, kept_counts, pushed, expiry_warned: as of the state.
+        changed_at, change_counts, kept_counts, pushed, expiry_warned: as of the state.
         clients: descriptors of the control socket's clients that wait for the upgrade.
         idle_clients: of its other clients.
         unwritten: of the log, which its reader has not taken yet.
@@ -94,6 +94,7 @@ class MasterSnapshot:
     exit_counts: Mapping[str, int] = field(default_factory=dict)
     exited_listeners: Mapping[str, Sequence[int]] = field(default_factory=dict)
     handler_metrics: SeriesTotals = field(default_factory=SeriesTotals)
+    changed_at: float = 0.0
     change_counts: Mapping[str, int] = field(default_factory=dict)
     kept_counts: Mapping[str, int] = field(default_factory=dict)
     pushed: Mapping[str, float] = field(default_factory=dict)
@@ -149,6 +150,7 @@ class MasterSnapshot:
             "exit_counts": dict(self.exit_counts),
             "exited_listeners": dict(self.exited_listeners),
             "handler_metrics": self.handler_metrics.plain(),
+            "changed_at": self.changed_at,
             "change_counts": dict(self.change_counts),
             "kept_counts": dict(self.kept_counts),
             "pushed": dict(self.pushed),
@@ -189,6 +191,7 @@ class MasterSnapshot:
             exit_counts=plain["exit_counts"],
             exited_listeners=plain["exited_listeners"],
             handler_metrics=SeriesTotals.from_plain(plain["handler_metrics"]),
+            changed_at=plain["changed_at"],
             change_counts=plain["change_counts"],
             kept_counts=plain["kept_counts"],
             pushed=plain["pushed"],

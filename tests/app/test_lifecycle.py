@@ -117,7 +117,7 @@ def test_status_as_json_has_the_whole_state(harness: Harness) -> None:
         "name", "pid", "version", "state", "started", "wanted", "boot_timeout", "serving", "workers", "listeners",
         "deaths", "totals", "generation", "change", "refusal", "reason", "foreground", "source", "directory",
         "run_directory", "last_failure", "death_counts", "log_lines_lost", "hot_path", "services", "not_ready",
-        "drained", "log",
+        "drained", "log", "last_success", "change_counts",
     }  # fmt: skip
     assert (found["name"], found["state"], found["wanted"], found["serving"]) == ("tested", "running", 2, 2)
     assert [one["slot"] for one in found["workers"]] == [1, 2]

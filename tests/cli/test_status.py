@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def test_keys_that_are_documented_are_those_of_the_json(harness: Harness) -> Non
     site = Changing(harness, agent="tcp://127.0.0.1:0")
     daemon = site.daemon.start()
     daemon.expect("worker 1 .* has ended: killed by SIGKILL", "reload: failed")
+    assert daemon.command("reload").returncode == 0
     victim = daemon.workers()[1]
     os.kill(victim, signal.SIGKILL)
     daemon.wait_workers(2, without={victim})
@@ -106,6 +108,24 @@ def test_failed_reload_is_told_with_its_time_until_one_succeeds(harness: Harness
     site.write()
     assert daemon.command("reload").returncode == 0
     assert (daemon.status()["last_failure"], daemon.status()["refusal"]) == (None, "")
+
+
+def test_successful_reload_is_told_with_its_time_over_an_upgrade(harness: Harness) -> None:
+    site = Changing(harness)
+    daemon = site.daemon.start()
+    daemon.expect("reload: failed")
+    assert (daemon.status()["last_success"], daemon.status()["change_counts"]) == (None, {"success": 0, "failure": 0})
+    began = time.time()
+    assert daemon.command("reload").returncode == 0
+    first = daemon.status()["last_success"]
+    assert (began <= first["time"] <= time.time(), first["generation"]) == (True, 2)
+    assert daemon.command("upgrade").returncode == 0
+    second = daemon.status()["last_success"]
+    assert (second["time"] > first["time"], second["generation"]) == (True, 3)
+    site.write(wokers=2)
+    assert daemon.command("reload").returncode == 1
+    assert daemon.status()["last_success"] == second
+    assert daemon.status()["change_counts"] == {"success": 2, "failure": 1}
 
 
 def test_listener_has_its_clients_and_their_limit(harness: Harness) -> None:

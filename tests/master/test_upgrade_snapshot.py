@@ -56,6 +56,7 @@ class Estate:
             wanted=3,
             drained=True,
             started=1234.5,
+            changed_at=1300.5,
             control=102,
             board=board,
             workers=self.workers,
@@ -128,7 +129,7 @@ def test_all_of_it_arrives(estate: Estate) -> None:
     after = read_copy(before)
     assert (after.launch, after.wanted, after.started, after.control) == (before.launch, 3, 1234.5, 102)
     assert after.unwritten == before.unwritten
-    assert after.drained
+    assert (after.drained, after.changed_at) == (True, 1300.5)
     assert (after.generation.number, after.generation.settings) == (7, before.generation.settings)
     assert (after.generation.log, after.slots, after.exit_records, after.clients) == (
         101,
@@ -311,6 +312,7 @@ KEYS = [
     "exit_counts",
     "exited_listeners",
     "handler_metrics",
+    "changed_at",
     "change_counts",
     "kept_counts",
     "pushed",

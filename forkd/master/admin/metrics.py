@@ -18,7 +18,7 @@ from itertools import accumulate
 from math import inf
 
 from forkd import __version__
-from forkd.master.spawn import HELPER, Worker
+from forkd.master.spawn import HELPER
 from forkd.master.state import DaemonState
 from forkd.master.status import heartbeat_age, is_leaving, listener_status, shown_state, totals_by_slot, why_not_ready
 from forkd.master.workers import CAUSES, EXPECTED
@@ -158,7 +158,7 @@ class Metrics:
     def __init__(self, state: DaemonState) -> None:
         self._state = state
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}  # what counters have been told to be
-        self._memory: dict[int, tuple[float, int | None]] = {}  # by pid: when it was asked, and the answer
+        self._memory: dict[int, tuple[float, tuple[int | None, int | None]]] = {}  # by pid: when asked, the answer
 
     def collect(self) -> list[Sample]:
         """The values as they are now."""
@@ -212,7 +212,7 @@ class Metrics:
         states = Counter(shown_state(one, settings, now) for one in workers)
         for name in STATES:
             yield Sample("forkd_workers", (name,), states[name])
-        self._ask_memory(workers, now)
+        memory = self.memory_of(one.pid for one in workers)
         clients: Counter[int] = Counter()
         for worker in workers:
             clients[worker.slot] += max(0, worker.row.active)
@@ -222,17 +222,20 @@ class Metrics:
             if (age := heartbeat_age(worker, now)) is not None:
                 yield Sample("forkd_worker_heartbeat_age_seconds", labels, age)
             yield Sample("forkd_worker_lag_seconds", labels, worker.row[Field.LAG] / 1e9)
-            if (memory := self._memory.get(worker.pid, (0, None))[1]) is not None:
-                yield Sample("forkd_worker_pss_bytes", labels, memory)
+            if (pss := memory[worker.pid][1]) is not None:
+                yield Sample("forkd_worker_pss_bytes", labels, pss)
 
-    def _ask_memory(self, workers: Iterable[Worker], now: float) -> None:
-        """Asks for the memory of workers, those first that were asked for longest ago, as far as there is time."""
-        known = self._memory
-        self._memory = {one.pid: known.get(one.pid, (-_MEMORY_SECONDS, None)) for one in workers}
+    def memory_of(self, workers: Iterable[int]) -> dict[int, tuple[int | None, int | None]]:
+        """RSS and PSS of all workers, by pid, as `process.memory_of` has them. Those are asked again first that were
+        asked for longest ago, as far as there is time; the others have what they had then.
+        """
+        known, now = self._memory, time.monotonic()
+        self._memory = {pid: known.get(pid, (-_MEMORY_SECONDS, (None, None))) for pid in workers}
         for pid, (asked_at, _) in sorted(self._memory.items(), key=lambda one: one[1][0]):
             if now - asked_at < _MEMORY_SECONDS or time.monotonic() - now > _MEMORY_BUDGET:
                 break
-            self._memory[pid] = now, memory_of(pid)[1]
+            self._memory[pid] = now, memory_of(pid)
+        return {pid: memory for pid, (_, memory) in self._memory.items()}
 
     def _counts(self) -> Iterator[Sample]:
         """What workers have counted."""

@@ -87,7 +87,7 @@ class Pages:
             case b"/metrics":
                 return self._metrics(accept)
             case b"/status.json":
-                return self._keep("status", lambda: _json(self._master.status()))
+                return self._keep("status", lambda: _json(self._status()))
             case b"/history.json":
                 return self._keep("history", lambda: _json(self._history.tell()))
             case b"/clients.json":
@@ -96,6 +96,14 @@ class Pages:
                 return Page(HTTPStatus.OK, BODY, HTML, ((b"Content-Security-Policy", POLICY),))
             case _:
                 return _NOT_FOUND
+
+    def _status(self) -> dict[str, Any]:
+        """The master's, with the memory of workers as the metrics have it."""
+        told = self._master.status()
+        memory = self._metrics_of.memory_of(one["pid"] for one in told["workers"])
+        for one in told["workers"]:
+            one["rss"], one["pss"] = memory[one["pid"]]
+        return told
 
     def _readiness(self) -> Page:
         why_not = why_not_ready(self._master.state)

@@ -30,7 +30,7 @@ class Told:
         self.now += self.seconds
         if not self.seconds:
             raise OSError("no descriptor is left")
-        return {"asked": self.asked}
+        return {"asked": self.asked, "workers": []}
 
 
 @pytest.mark.parametrize(("cost", "kept"), [(0.01, 0.1), (0.5, 1.0)])

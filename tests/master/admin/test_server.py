@@ -36,6 +36,7 @@ def test_pages_are_answered_to_get_and_head_alone(harness: Harness) -> None:
     assert connection.ask("/ready?from=balancer")[::2] == (200, "ready\n")
     status = connection.ask("/status.json")
     assert (json.loads(status.body)["pid"], status.headers["Content-Type"]) == (daemon.pid, "application/json")
+    assert all(0 < one["pss"] <= one["rss"] for one in json.loads(status.body)["workers"])
     page = connection.ask("/")
     assert (page.status, "<!doctype html>" in page.body) == (200, True)
     head = connection.ask("/status.json", "HEAD")

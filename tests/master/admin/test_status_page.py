@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def test_page_shows_the_daemon_and_follows_it(harness: Harness, tmp_path: Path) 
         assert text.startswith("tested running · ready 2 of 2 workers")
         assert f"127.0.0.1:{clients[0].getsockname()[1]} {listener['address']}" in text
         assert "Refused and ended none Workers that have ended none" in text
+        assert "Reloads and upgrades none since the start; generation 1 serves" in text
+        assert len(re.findall(r" ms \d+\.\d MiB", text)) == 2  # the memory of each worker
 
         clients += [harness.connect(daemon) for _ in range(2)]
         assert all(map(echoes, clients))
@@ -75,7 +78,14 @@ def test_page_shows_the_daemon_and_follows_it(harness: Harness, tmp_path: Path) 
         (tmp_path / "talker.py").write_text("nothing")
         daemon.expect("could not boot: talker:Talker", "reload: failed")
         assert daemon.command("reload").returncode == 1
-        tab.wait_text(r"failed .*generation 1 serves on .*name 'nothing' is not defined")
+        tab.wait_text(r"failed .*generation 1 serves on .*name 'nothing' is not defined .*0 succeeded, 1 failed")
+
+        (tmp_path / "talker.py").write_text(TALKER)
+        assert daemon.command("reload").returncode == 0
+        text = tab.wait_text(
+            r"Reloads and upgrades succeeded .*; generation 2 serves since 1 succeeded, 1 failed since"
+        )
+        assert "is not defined" not in text.partition("Reloads")[2]
 
         light, width = look(tab, width=1000, dark=False)
         dark, narrow = look(tab, width=375, dark=True)
