@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,11 @@ def system_reason(error: Exception) -> str:
     why = error.strerror or (os.strerror(error.args[0]) if error.args and type(error.args[0]) is int else str(error))
     about = error.filename if isinstance(error.filename, str) else ""
     return f"{about}: {why}" if about else why
+
+
+def how_to_install(extra: str) -> str:
+    """The command by which the packages of an extra come to where this forkd runs."""
+    return f"{sys.executable} -m pip install 'forkd-server[{extra}]'"
 
 
 class UsageError(ForkdError):

@@ -90,6 +90,13 @@ def test_rules_and_dashboard_name_metrics_that_there_are() -> None:
     assert len({one["id"] for one in board["panels"]}) == len(board["panels"])
 
 
+def test_image_is_made_of_what_git_has() -> None:
+    """Environments are large, and a build of former sources would get into the wheel."""
+    lines = (CHECKOUT / ".dockerignore").read_text().splitlines()
+    ignored = (CHECKOUT / ".gitignore").read_text().splitlines()
+    assert {".git", *(one.strip("/") if one.startswith("/") else f"**/{one.strip('/')}" for one in ignored)} <= {*lines}
+
+
 def test_image_serves_as_a_number_below_a_root_that_is_read_only(tmp_path: Path, open_directory: Path) -> None:
     """As in the image: a user without a name, no privileges, nothing to write to but the run directory, process 1."""
     needs_root()

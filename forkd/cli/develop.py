@@ -22,13 +22,11 @@ from typing import Any
 
 from forkd import signals
 from forkd.cli.target import settings_of, source_of
-from forkd.errors import ForkdError, system_reason
+from forkd.errors import ForkdError, how_to_install, system_reason
 from forkd.system.process import signal_when_parent_dies
 
 #: Milliseconds without a change after which those that came are one, and between two looks at the daemon.
 _SETTLED, _PAUSE = 100, 200
-
-_NO_WATCHFILES = "--reload needs a package that watches files: pip install 'forkd-server[reload]'"
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*", re.ASCII)
 
@@ -64,7 +62,7 @@ def run_and_reload(command: argparse.Namespace) -> int:
     try:
         from watchfiles import Change, PythonFilter, watch  # noqa: PLC0415 (an extra, for this alone)
     except ModuleNotFoundError:
-        raise ForkdError(_NO_WATCHFILES) from None
+        raise ForkdError(f"--reload needs a package that watches files: {how_to_install('reload')}") from None
     settings_of(command)  # mistakes are told before anything is started
     daemon = _start_daemon()
     is_code = PythonFilter()

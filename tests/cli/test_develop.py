@@ -154,5 +154,6 @@ def test_missing_package_is_told(
     monkeypatch.setitem(sys.modules, "watchfiles", None)
     with contextlib.chdir(project):
         assert main(["run", "--reload", "chat_room.yaml"]) == 1
-    said = "forkd: --reload needs a package that watches files: pip install 'forkd-server[reload]'\n"
+    said = "forkd: --reload needs a package that watches files: "
+    said += f"{sys.executable} -m pip install 'forkd-server[reload]'\n"
     assert capsys.readouterr().err == said

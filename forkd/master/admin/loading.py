@@ -11,7 +11,7 @@ import importlib
 import sys
 
 from forkd.config.settings import Settings
-from forkd.errors import ForkdError
+from forkd.errors import ForkdError, how_to_install
 
 _NEEDED = ("forkd.master.admin.http", "forkd.master.admin.exposition")
 
@@ -26,8 +26,8 @@ def load_extras(settings: Settings) -> None:
         import forkd.master.admin.http  # noqa: F401, PLC0415
     except ImportError as error:
         raise ForkdError(
-            f"admin: needs h11 and prometheus_client, and {error.name or 'a part of them'} can't be imported; pip "
-            "install 'forkd-server[admin]'"
+            f"admin: needs h11 and prometheus_client, and {error.name or 'a part of them'} can't be imported; "
+            f"{how_to_install('admin')}"
         ) from None
     # Workers share it with the master: the collector would write to every page of it.
     gc.collect()

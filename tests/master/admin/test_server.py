@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -321,6 +322,6 @@ def test_missing_package_is_told_before_anything_changes(harness: Harness, packa
     site.write(admin={"address": "tcp://127.0.0.1:0"})
     for verb, status in (("reload", 1), ("check", 78), ("restart", 78)):
         result = daemon.command(verb)
-        told = f"{package} can't be imported; pip install 'forkd-server[admin]'"
+        told = f"{package} can't be imported; {sys.executable} -m pip install 'forkd-server[admin]'"
         assert (result.returncode, told in result.stderr) == (status, True), result.stderr
     assert daemon.status()["services"] == []
