@@ -172,6 +172,14 @@ def test_help_loads_no_yaml_and_nothing_of_the_daemon(arguments: list[str]) -> N
     assert [module for module in found - extensions if module.startswith(heavy)] == []
 
 
+def test_grammar_loads_only_what_the_command_that_is_given_needs() -> None:
+    found = loaded(
+        "from forkd.cli.parser import parse; assert parse(['start', '--workers', '2', 'chat']).workers == '2'"
+    )
+    assert "forkd.cli.parser" in found
+    assert found & {"difflib", "shutil", "forkd.compiled", "forkd.cli.target"} == set()
+
+
 @pytest.mark.parametrize("module", ["control", "status", "clients"])
 def test_command_about_a_running_daemon_loads_nothing_of_one(module: str) -> None:
     found = loaded(f"import forkd.cli.{module}")

@@ -1,15 +1,18 @@
-"""The command line's grammar: all commands and their options. What a command does is imported only when it runs."""
+"""The command line's grammar: all commands and their options (`_COMMANDS`, at the end).
+
+Every command is a process of its own, so what it does is imported only when it runs, and of the options only those of
+the command that is given are declared.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 from forkd import MOST_WORKERS, __version__
-from forkd.compiled import describe
 from forkd.errors import UsageError
 
 _TARGET = (
@@ -28,6 +31,9 @@ of every command about a running daemon: 4 it runs, and this user may not ask it
 
 _Commands = Any  # argparse has no public name for what add_subparsers returns
 
+# argparse makes a formatter for each option that is declared, which would look up how wide the terminal is.
+_DECLARING = partial(argparse.HelpFormatter, width=80)
+
 
 class _UsageErrorParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -41,6 +47,8 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from forkd.compiled import describe  # noqa: PLC0415 (no other command asks here)
+
         print(f"forkd {__version__} ({describe()})")
         parser.exit()
 
@@ -54,10 +62,28 @@ class _CommandParser(_UsageErrorParser):
         if self._intermixed:  # the intermixed parsing calls this method again
             return super().parse_known_args(args, namespace)
         self._intermixed = True
+        if not any(word.startswith("-") and "h" in word for word in args):
+            self.usage = self.prog  # else the whole usage is put together, which only --help shows
         try:
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._intermixed = False
+
+
+class _Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        run: the function of this package that runs it, as `module:function`.
+        sentence: what it does.
+        target: what its TARGET is; empty where it has none.
+        add_options: declares what else it takes.
+    """
+
+    run: str
+    sentence: str
+    target: str = ""
+    add_options: Callable[[argparse.ArgumentParser], object] | None = None
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,135 +92,107 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: there is no such command, or an option is wrong.
     """
-    parser = make_parser()
     given = next((word for word in arguments if not word.startswith("-")), None)
-    known = list(_commands(parser))
-    if given is not None and given not in known and not {"-h", "--help", "--version"} & set(arguments[:1]):
-        close = difflib.get_close_matches(given, known, n=1)
-        meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-        raise UsageError(f"there is no command {given!r}; {meant}")
-    return parser.parse_args(arguments)
+    if given is not None and given not in _COMMANDS and not {"-h", "--help", "--version"} & set(arguments[:1]):
+        raise UsageError(f"there is no command {given!r}; {_meant(given)}")
+    first = list(arguments[:1])
+    return make_parser(first if first == [given] else _COMMANDS).parse_args(arguments)
 
 
-def _commands(parser: argparse.ArgumentParser) -> Sequence[str]:
-    return [name for action in parser._actions if isinstance(action.choices, dict) for name in action.choices]
+def _meant(given: str) -> str:
+    import difflib  # noqa: PLC0415 (for what is mistyped alone)
+
+    close = difflib.get_close_matches(given, _COMMANDS, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_COMMANDS)}"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def make_parser(names: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command line, with these commands; by default with all."""
     parser = _UsageErrorParser(
         prog="forkd",
         description="A pre-fork server daemon for any socket handler.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_DECLARING,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, help="show the version, and which twin of the hot path runs")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser)
-
-    for name, run, sentence in (
-        ("run", "lifecycle:run", "run in the foreground, logging to stderr"),
-        ("start", "lifecycle:start", "start in the background; return when every worker is ready"),
-        ("restart", "lifecycle:restart", "start a new master, which takes over addresses and name when it serves"),
-        ("check", "status:check", "check settings, addresses and handlers, and list all mistakes at once"),
-    ):
-        command = _add(commands, name, run, sentence, _TARGET)
-        command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
-        _add_settings(command)
-        if name == "run":
-            command.add_argument("--reload", action="store_true", help="reload when code or settings change")
-    _add_changes(commands)
-    _add_views(commands)
-    _add_clients(_add(commands, "clients", "clients:clients", "list the connected clients, or close some", _RUNNING))
-    scale = _add(
-        commands,
-        "scale",
-        "control:scale",
-        "change the number of workers of a running daemon, until a restart",
-        _RUNNING,
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser, prog=parser.prog
     )
-    scale.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
-    _add_once(_add(commands, "once", "once:once", "serve exactly one client, in a process of its own", _TARGET))
-    _add_call(_add(commands, "call", "call:call", "send one request and print its answer, or give up in time"))
-    _add_files(commands)
+    for name in names or _COMMANDS:
+        _add(commands, name, _COMMANDS[name])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
 
 
-def _add_views(commands: _Commands) -> None:
-    """The commands that show how daemons are."""
-    status = _add(commands, "status", "status:status", "show master, workers, listeners and deaths", _RUNNING)
-    status.add_argument("--json", action="store_true", help="as one JSON object")
-    doctor = _add(
-        commands,
-        "doctor",
-        "doctor:doctor",
-        "tell what is wrong on this machine, or soon will be, and what to do",
-        "the daemon, also one that does not run; default: all that run",
-    )
-    doctor.add_argument("--json", action="store_true", help="as one JSON object")
-    top = _add(commands, "top", "top:top", "show the status live, and close clients or scale by keys", _RUNNING)
-    top.add_argument("--once", action="store_true", help="print one picture as text")
-    logs = _add(commands, "logs", "logs:logs", "print the end of the log, and follow it", _RUNNING)
-    logs.add_argument("-f", "--follow", action="store_true", help="go on with what comes, also after a rotation")
-    logs.add_argument("-n", "--lines", metavar="N", type=_number, default=20, help="how many lines; default: 20")
-    listing = _add(commands, "list", "daemons:list_daemons", "list all daemons on this machine that you may see")
-    listing.add_argument("--json", action="store_true", help="as a list of JSON objects")
-
-
-def _add_files(commands: _Commands) -> None:
-    """The commands that print or write files."""
-    schema = _add(commands, "schema", "files:schema", "print the JSON Schema of a settings file, for editors")
-    schema.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
-    completion = _add(commands, "completion", "files:completion", "print a shell's completion of this command line")
-    completion.add_argument("shell", choices=SHELLS)
-    init = _add(commands, "init", "develop:init", "begin a project: settings, a handler, its test, a unit of systemd")
-    init.add_argument("directory", metavar="DIR", help="where to; made if it is missing; its name is the project's")
-    files = _add(commands, "files", "files:files", "write systemd's units, example settings and completions")
-    files.add_argument("directory", metavar="DIR", help="where to; made if it is missing")
-
-
-def _add_changes(commands: _Commands) -> None:
-    """The commands that change a running daemon as a whole."""
-    stop = _add(commands, "stop", "control:stop", "let open connections end, then end; return when done", _RUNNING)
-    stop.add_argument("--now", action="store_true", help="close open connections at once")
-    for name, sentence in (
-        ("drain", "have load balancers send no more clients; those that are here stay, and new ones are served"),
-        ("resume", "undo a drain: have load balancers send clients again"),
-    ):
-        _add(commands, name, f"control:{name}", sentence, _RUNNING)
-    reload = _add(
-        commands,
-        "reload",
-        "control:reload",
-        "read the settings again and boot new workers, or change nothing",
-        _RUNNING,
-    )
-    reload.add_argument("--diff", action="store_true", help="only show which settings would change")
-    _add(
-        commands,
-        "upgrade",
-        "control:upgrade",
-        "change to the code that is installed now, under the same PID",
-        _RUNNING,
-    )
-
-
-def _add(commands: _Commands, name: str, run: str, sentence: str, target: str = "") -> argparse.ArgumentParser:
-    """Adds a command: its name, the function of this package that runs it, what it does, what its TARGET is."""
-    described = sentence[0].upper() + sentence[1:] + "."
+def _add(commands: _Commands, name: str, added: _Command) -> None:
+    described = added.sentence[0].upper() + added.sentence[1:] + "."
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=sentence, description=described, allow_abbrev=False
+        name, help=added.sentence, description=described, allow_abbrev=False, formatter_class=_DECLARING
     )
-    command.set_defaults(run=_import_later(run))
-    if target:
-        command.add_argument("target", metavar="TARGET", nargs="?", help=target)
-        _add_daemon_options(command)
-    return command
+    command.set_defaults(run=_import_later(added.run))
+    if added.target:
+        command.add_argument("target", metavar="TARGET", nargs="?", help=added.target)
+        command.add_argument("--name", help="the daemon's name")
+        command.add_argument("--run-directory", metavar="DIR", help="where the pid file and the control socket are")
+    if added.add_options is not None:
+        added.add_options(command)
+    command.formatter_class = argparse.HelpFormatter
 
 
-def _add_daemon_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--name", help="the daemon's name")
-    command.add_argument("--run-directory", metavar="DIR", help="where the pid file and the control socket are")
+def _add_run(command: argparse.ArgumentParser) -> None:
+    _add_start(command)
+    command.add_argument("--reload", action="store_true", help="reload when code or settings change")
+
+
+def _add_start(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", metavar="N|auto", help="worker processes; auto: one for each processor")
+    _add_settings(command)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def _add_logs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-f", "--follow", action="store_true", help="go on with what comes, also after a rotation")
+    command.add_argument("-n", "--lines", metavar="N", type=_number, default=20, help="how many lines; default: 20")
+
+
+def _add_stop(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--now", action="store_true", help="close open connections at once")
+
+
+def _add_reload(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--diff", action="store_true", help="only show which settings would change")
+
+
+def _add_top(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--once", action="store_true", help="print one picture as text")
+
+
+def _add_list(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as a list of JSON objects")
+
+
+def _add_scale(command: argparse.ArgumentParser) -> None:
+    command.add_argument("workers", metavar="N", type=_number, help=f"how many workers, from 1 to {MOST_WORKERS}")
+
+
+def _add_schema(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--markdown", action="store_true", help="print the reference page of the settings instead")
+
+
+def _add_shell(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=SHELLS)
+
+
+def _add_project(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory", metavar="DIR", help="where to; made if it is missing; its name is the project's")
+
+
+def _add_directory(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory", metavar="DIR", help="where to; made if it is missing")
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -318,3 +316,66 @@ def _import_later(name: str) -> Callable[[argparse.Namespace], int]:
         return status
 
     return run
+
+
+_COMMANDS = {
+    "run": _Command("lifecycle:run", "run in the foreground, logging to stderr", _TARGET, _add_run),
+    "start": _Command(
+        "lifecycle:start", "start in the background; return when every worker is ready", _TARGET, _add_start
+    ),
+    "restart": _Command(
+        "lifecycle:restart",
+        "start a new master, which takes over addresses and name when it serves",
+        _TARGET,
+        _add_start,
+    ),
+    "check": _Command(
+        "status:check",
+        "check settings, addresses and handlers, and list all mistakes at once",
+        _TARGET,
+        _add_start,
+    ),
+    "stop": _Command("control:stop", "let open connections end, then end; return when done", _RUNNING, _add_stop),
+    "drain": _Command(
+        "control:drain",
+        "have load balancers send no more clients; those that are here stay, and new ones are served",
+        _RUNNING,
+    ),
+    "resume": _Command("control:resume", "undo a drain: have load balancers send clients again", _RUNNING),
+    "reload": _Command(
+        "control:reload", "read the settings again and boot new workers, or change nothing", _RUNNING, _add_reload
+    ),
+    "upgrade": _Command("control:upgrade", "change to the code that is installed now, under the same PID", _RUNNING),
+    "status": _Command("status:status", "show master, workers, listeners and deaths", _RUNNING, _add_json),
+    "doctor": _Command(
+        "doctor:doctor",
+        "tell what is wrong on this machine, or soon will be, and what to do",
+        "the daemon, also one that does not run; default: all that run",
+        _add_json,
+    ),
+    "top": _Command("top:top", "show the status live, and close clients or scale by keys", _RUNNING, _add_top),
+    "logs": _Command("logs:logs", "print the end of the log, and follow it", _RUNNING, _add_logs),
+    "list": _Command(
+        "daemons:list_daemons", "list all daemons on this machine that you may see", add_options=_add_list
+    ),
+    "clients": _Command("clients:clients", "list the connected clients, or close some", _RUNNING, _add_clients),
+    "scale": _Command(
+        "control:scale", "change the number of workers of a running daemon, until a restart", _RUNNING, _add_scale
+    ),
+    "once": _Command("once:once", "serve exactly one client, in a process of its own", _TARGET, _add_once),
+    "call": _Command("call:call", "send one request and print its answer, or give up in time", add_options=_add_call),
+    "schema": _Command(
+        "files:schema", "print the JSON Schema of a settings file, for editors", add_options=_add_schema
+    ),
+    "completion": _Command(
+        "files:completion", "print a shell's completion of this command line", add_options=_add_shell
+    ),
+    "init": _Command(
+        "develop:init",
+        "begin a project: settings, a handler, its test, a unit of systemd",
+        add_options=_add_project,
+    ),
+    "files": _Command(
+        "files:files", "write systemd's units, example settings and completions", add_options=_add_directory
+    ),
+}
