@@ -1,21 +1,20 @@
 """Every message that crosses a process: what it is called on the wire, and what belongs to it.
 
-A message is a frozen dataclass, and on the wire one line with a JSON object. `encode` makes the line; `JsonLines` cuts
-what a socket delivers into objects; `decode_request`, `decode_command`, `decode_event`, `decode_reply`,
-`decode_launch` and `decode_check` make a dataclass of an object, or raise `InvalidMessage`, and nothing else: the
-sender may be a stranger or a worker that has been taken over. What a field may hold is read off its declaration. Fields
-that a class does not have are passed over, since the sender may be of another version; for the same reason names, once
-given, are kept. The sockets are in `system.channel` and `master.control_socket`.
+A message is a class of `Message`, and on the wire one line with a JSON object. `encode` makes the line; `JsonLines`
+cuts what a socket delivers into objects; `decode_request`, `decode_command`, `decode_event`, `decode_reply`,
+`decode_launch` and `decode_check` make a message of an object, or raise `InvalidMessage`, and nothing else: the sender
+may be a stranger or a worker that has been taken over. What a field may hold is read off its declaration. Fields that a
+class does not have are passed over, since the sender may be of another version; for the same reason names, once given,
+are kept. The sockets are in `system.channel` and `master.control_socket`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
 from itertools import accumulate, takewhile
 from math import inf
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, cast, dataclass_transform
 
 from forkd import MOST_WORKERS
 
@@ -27,8 +26,7 @@ LARGEST = 1 << 20
 #: Bytes of one reply of the control socket at most, which only the master sends.
 LARGEST_REPLY = 1 << 26
 
-_MOST_NUMBER = (1 << 63) - 1
-_MOST_COOKIE = (1 << 64) - 1
+_MISSING = object()  # for the default of a field that has none
 
 
 class MalformedLine(ValueError):
@@ -39,23 +37,67 @@ class InvalidMessage(ValueError):
     """A JSON object is no message of the kind that was expected; the sentence says why, in at most 200 characters."""
 
 
-def _limits(least: int, most: int) -> dict[str, tuple[int, int]]:
-    """The metadata of a field that holds a whole number within these limits."""
-    return {"limits": (least, most)}
+@dataclass_transform(frozen_default=True)
+class Message:
+    """What every message is: its fields are declared, made and compared as those of a frozen dataclass.
+
+    A dataclass compiles half a dozen functions for each class, which for all messages takes longer than most commands
+    need for the rest. Here all classes share them.
+    """
+
+    #: The key by which the kind is told on the wire, and what it says there.
+    KIND: ClassVar[tuple[str, object]]
+
+    _defaults: ClassVar[dict[str, object]] = {}
+
+    def __init_subclass__(cls) -> None:
+        names = [name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar")]
+        cls._defaults = {name: cls.__dict__.get(name, _MISSING) for name in names}
+        cls.__match_args__ = tuple(names)  # type: ignore[attr-defined, misc]
+
+    def __init__(self, *given: object, **named: object) -> None:
+        defaults = self._defaults
+        values = {**defaults, **dict(zip(defaults, given, strict=False)), **named}
+        wrong = [name for name, value in values.items() if value is _MISSING or name not in defaults]
+        if wrong or len(given) > len(defaults) or not named.keys().isdisjoint([*defaults][: len(given)]):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(defaults) or 'nothing'}")
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is not to be changed: {name}")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def replace(self, **changed: object) -> Self:
+        """The same with other values of these fields."""
+        return type(self)(**{**vars(self), **changed})
+
+
+# The types of fields, beside the plain ones; what each may hold is in `_TYPES`
+
+Number = int
+WorkerCount = int
+ExitStatus = int
+Cookie = int  # of the kernel (SO_COOKIE of socket(7))
 
 
 # What the control socket is asked
 
 
-@dataclass(frozen=True, slots=True)
-class StatusRequest:
+class StatusRequest(Message):
     """Tell the state of the daemon; answered by `StatusReply`."""
 
-    KIND: ClassVar = ("verb", "status")
+    KIND = ("verb", "status")
 
 
-@dataclass(frozen=True, slots=True)
-class StopRequest:
+class StopRequest(Message):
     """Stop: answered by `AcceptedReply` at once and by `DoneReply` when all is over.
 
     Attributes:
@@ -63,77 +105,67 @@ class StopRequest:
         succeeded: another master has taken over the name and the addresses.
     """
 
-    KIND: ClassVar = ("verb", "stop")
+    KIND = ("verb", "stop")
     now: bool = False
     succeeded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ReloadRequest:
+class ReloadRequest(Message):
     """Reload: answered by `AcceptedReply` at once and by `ChangedReply` when the new generation serves."""
 
-    KIND: ClassVar = ("verb", "reload")
+    KIND = ("verb", "reload")
 
 
-@dataclass(frozen=True, slots=True)
-class UpgradeRequest:
+class UpgradeRequest(Message):
     """Upgrade: answered as a `ReloadRequest`."""
 
-    KIND: ClassVar = ("verb", "upgrade")
+    KIND = ("verb", "upgrade")
 
 
-@dataclass(frozen=True, slots=True)
-class DiffRequest:
+class DiffRequest(Message):
     """Tell what a reload would change: answered by `AcceptedReply` at once and by `DifferencesReply`."""
 
-    KIND: ClassVar = ("verb", "diff")
+    KIND = ("verb", "diff")
 
 
-@dataclass(frozen=True, slots=True)
-class HandOverRequest:
+class HandOverRequest(Message):
     """Lend the lock and the listeners to a new master: answered by `HandOverReply` and their descriptors."""
 
-    KIND: ClassVar = ("verb", "hand over")
+    KIND = ("verb", "hand over")
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleRequest:
+class ScaleRequest(Message):
     """Have so many workers: answered by `ScaledReply` when they serve."""
 
-    KIND: ClassVar = ("verb", "scale")
-    workers: int = field(metadata=_limits(1, MOST_WORKERS))
+    KIND = ("verb", "scale")
+    workers: WorkerCount
 
 
-@dataclass(frozen=True, slots=True)
-class DrainRequest:
+class DrainRequest(Message):
     """Have balancers told that they should send no more clients: answered by `DoneReply`."""
 
-    KIND: ClassVar = ("verb", "drain")
+    KIND = ("verb", "drain")
 
 
-@dataclass(frozen=True, slots=True)
-class ResumeRequest:
+class ResumeRequest(Message):
     """Undo a `DrainRequest`: answered by `DoneReply`."""
 
-    KIND: ClassVar = ("verb", "resume")
+    KIND = ("verb", "resume")
 
 
-@dataclass(frozen=True, slots=True)
-class ClientsRequest:
+class ClientsRequest(Message):
     """Tell where the clients' connections are to be found: answered by `ClientsReply`."""
 
-    KIND: ClassVar = ("verb", "clients")
+    KIND = ("verb", "clients")
 
 
-@dataclass(frozen=True, slots=True)
-class PeersRequest:
+class PeersRequest(Message):
     """Tell the recent peers of datagram sockets: answered by `PeersReply`."""
 
-    KIND: ClassVar = ("verb", "peers")
+    KIND = ("verb", "peers")
 
 
-@dataclass(frozen=True, slots=True)
-class KillRequest:
+class KillRequest(Message):
     """Close connections: answered by `KilledReply`.
 
     Attributes:
@@ -141,8 +173,8 @@ class KillRequest:
         network: of the clients that are meant.
     """
 
-    KIND: ClassVar = ("verb", "kill")
-    cookie: int | None = field(default=None, metadata=_limits(1, _MOST_COOKIE))
+    KIND = ("verb", "kill")
+    cookie: Cookie | None = None
     network: str | None = None
 
 
@@ -155,75 +187,66 @@ Request = (
 # What the control socket answers
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorReply:
+class ErrorReply(Message):
     """A request failed; `details` are the lines below the sentence, such as a traceback."""
 
-    KIND: ClassVar = ("ok", False)
+    KIND = ("ok", False)
     error: str
     details: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DoneReply:
+class DoneReply(Message):
     """What was asked for is done."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedReply:
+class AcceptedReply(Message):
     """The request is being carried out: the outcome is the next reply, within so many seconds."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     within: float
 
 
-@dataclass(frozen=True, slots=True)
-class StatusReply:
+class StatusReply(Message):
     """The state of the daemon, as `forkd status --json` prints it."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     status: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ChangedReply:
+class ChangedReply(Message):
     """A reload or upgrade is done: this generation serves, with so many workers."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     generation: int
     workers: int
 
 
-@dataclass(frozen=True, slots=True)
-class DifferencesReply:
+class DifferencesReply(Message):
     """What a reload would change, a line each."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     differences: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class HandOverReply:
+class HandOverReply(Message):
     """The listeners that are lent, each as `BoundListener.describe`. Descriptors come with it: the lock's, then those
     of the listeners' sockets in order.
     """
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     listeners: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class ScaledReply:
+class ScaledReply(Message):
     """So many workers serve."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     workers: int
 
 
-@dataclass(frozen=True, slots=True)
-class ClientsReply:
+class ClientsReply(Message):
     """Where the clients' connections are to be found. A descriptor of the regions' memory comes with it, if there is
     one.
 
@@ -235,7 +258,7 @@ class ClientsReply:
         region_size: bytes of a worker's region; 0: of another version, which lays it out otherwise.
     """
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     pid: int
     workers: list[dict[str, Any]]
     listeners: list[dict[str, Any]]
@@ -243,20 +266,18 @@ class ClientsReply:
     region_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PeersReply:
+class PeersReply(Message):
     """The recent peers of datagram sockets, and which workers did not answer (slot and pid)."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     peers: list[dict[str, Any]]
     silent: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class KilledReply:
+class KilledReply(Message):
     """How many connections were closed, and which workers did not answer (slot and pid)."""
 
-    KIND: ClassVar = ("ok", True)
+    KIND = ("ok", True)
     closed: int
     silent: list[dict[str, Any]]
 
@@ -270,41 +291,36 @@ Reply = (
 # What the master tells a worker
 
 
-@dataclass(frozen=True, slots=True)
-class DrainCommand:
+class DrainCommand(Message):
     """As the signal `signals.DRAIN`, which a handler's code may have taken."""
 
-    KIND: ClassVar = ("order", "drain")
+    KIND = ("order", "drain")
 
 
-@dataclass(frozen=True, slots=True)
-class CloseCommand:
+class CloseCommand(Message):
     """As the signal `signals.CLOSE`."""
 
-    KIND: ClassVar = ("order", "close")
+    KIND = ("order", "close")
 
 
-@dataclass(frozen=True, slots=True)
-class LogCommand:
+class LogCommand(Message):
     """Log to the descriptor that comes with this."""
 
-    KIND: ClassVar = ("order", "log")
+    KIND = ("order", "log")
 
 
-@dataclass(frozen=True, slots=True)
-class ListenerCommand:
+class ListenerCommand(Message):
     """Serve the socket that comes with this in the place of a listener's own, which no client reaches any more.
 
     Attributes:
         place: which of the settings' listeners it is.
     """
 
-    KIND: ClassVar = ("order", "listener")
-    place: int = field(default=0, metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("order", "listener")
+    place: Number = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CertificatesCommand:
+class CertificatesCommand(Message):
     """Load a listener's certificates from what comes with this (`system.tls_files`), and tell of them in a
     `CertificatesEvent` with the same number.
 
@@ -313,29 +329,27 @@ class CertificatesCommand:
         number: of the renewal.
     """
 
-    KIND: ClassVar = ("order", "certificates")
-    place: int = field(default=0, metadata=_limits(0, _MOST_NUMBER))
-    number: int = field(default=0, metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("order", "certificates")
+    place: Number = 0
+    number: Number = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PeersCommand:
+class PeersCommand(Message):
     """Tell the recent peers of datagram sockets, in an `AnswerEvent` with the same number."""
 
-    KIND: ClassVar = ("order", "peers")
-    number: int = field(default=0, metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("order", "peers")
+    number: Number = 0
 
 
-@dataclass(frozen=True, slots=True)
-class KillCommand:
+class KillCommand(Message):
     """Close connections, which are meant as in a `KillRequest`, and tell how many in an `AnswerEvent` with the same
     number.
     """
 
-    KIND: ClassVar = ("order", "kill")
-    cookie: int | None = field(default=None, metadata=_limits(1, _MOST_COOKIE))
+    KIND = ("order", "kill")
+    cookie: Cookie | None = None
     network: str | None = None
-    number: int = field(default=0, metadata=_limits(0, _MOST_NUMBER))
+    number: Number = 0
 
 
 #: Those that a worker answers; `master.workers.Questions` gives each its number.
@@ -349,32 +363,28 @@ WorkerCommand = (
 # What a child tells the master
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyEvent:
+class ReadyEvent(Message):
     """A worker serves."""
 
-    KIND: ClassVar = ("event", "ready")
+    KIND = ("event", "ready")
 
 
-@dataclass(frozen=True, slots=True)
-class FailedEvent:
+class FailedEvent(Message):
     """A child could not do what it was forked for; `details` are the lines below the reason, such as a traceback."""
 
-    KIND: ClassVar = ("event", "failed")
+    KIND = ("event", "failed")
     reason: str
     details: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class WornEvent:
+class WornEvent(Message):
     """A worker has served enough and should be replaced; why."""
 
-    KIND: ClassVar = ("event", "worn")
+    KIND = ("event", "worn")
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class CertificatesEvent:
+class CertificatesEvent(Message):
     """What a worker's certificates say, at its beginning and when they are renewed.
 
     Attributes:
@@ -384,33 +394,30 @@ class CertificatesEvent:
         refusal: why they can't be renewed, and the former ones are kept; empty where they are.
     """
 
-    KIND: ClassVar = ("event", "certificates")
-    place: int = field(metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("event", "certificates")
+    place: Number
     certificates: list[dict[str, Any]]
-    number: int = field(default=0, metadata=_limits(0, _MOST_NUMBER))
+    number: Number = 0
     refusal: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerEvent:
+class AnswerEvent(Message):
     """What a worker found for the query with this number."""
 
-    KIND: ClassVar = ("event", "answer")
-    number: int = field(metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("event", "answer")
+    number: Number
     found: object = None
 
 
-@dataclass(frozen=True, slots=True)
-class SettingsEvent:
+class SettingsEvent(Message):
     """A reload's helper has read the settings (`config.serialize`) and looked up the identity (`Identity.to_plain`)."""
 
-    KIND: ClassVar = ("event", "settings")
+    KIND = ("event", "settings")
     settings: dict[str, Any]
     identity: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class KeptEvent:
+class KeptEvent(Message):
     """A reload's helper keeps a listener of the generation that serves.
 
     Attributes:
@@ -418,13 +425,12 @@ class KeptEvent:
         index: of the listener in the generation that serves, from 0 on.
     """
 
-    KIND: ClassVar = ("event", "kept")
-    place: int = field(metadata=_limits(0, _MOST_NUMBER))
-    index: int = field(metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("event", "kept")
+    place: Number
+    index: Number
 
 
-@dataclass(frozen=True, slots=True)
-class BoundEvent:
+class BoundEvent(Message):
     """A reload's helper has bound a listener. The descriptors of its sockets come with it.
 
     Attributes:
@@ -432,16 +438,15 @@ class BoundEvent:
         listener: as `BoundListener.describe`.
     """
 
-    KIND: ClassVar = ("event", "bound")
-    place: int = field(metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("event", "bound")
+    place: Number
     listener: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class DifferencesEvent:
+class DifferencesEvent(Message):
     """A helper has found what a reload would change, a line each."""
 
-    KIND: ClassVar = ("event", "differences")
+    KIND = ("event", "differences")
     differences: list[str]
 
 
@@ -461,8 +466,7 @@ ChildEvent = (
 # What a process that is started in the background tells its starter, once
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonStarted:
+class DaemonStarted(Message):
     """Every worker of the daemon serves.
 
     Attributes:
@@ -472,15 +476,14 @@ class DaemonStarted:
         log: where it logs: a file, or `journal`.
     """
 
-    KIND: ClassVar = ("launch", "daemon")
+    KIND = ("launch", "daemon")
     pid: int
     workers: int
     addresses: list[str]
     log: str
 
 
-@dataclass(frozen=True, slots=True)
-class OnceReady:
+class OnceReady(Message):
     """The one client of single-connection mode can come.
 
     Attributes:
@@ -489,20 +492,19 @@ class OnceReady:
         pid: the process.
     """
 
-    KIND: ClassVar = ("launch", "once")
+    KIND = ("launch", "once")
     state: str
     address: str
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchFailed:
+class LaunchFailed(Message):
     """The process could not come up, and ends with this exit status."""
 
-    KIND: ClassVar = ("launch", "failed")
+    KIND = ("launch", "failed")
     reason: str
     details: str = ""
-    status: int = field(default=1, metadata=_limits(0, 255))
+    status: ExitStatus = 1
 
 
 LaunchMessage = DaemonStarted | OnceReady | LaunchFailed
@@ -511,8 +513,7 @@ LaunchMessage = DaemonStarted | OnceReady | LaunchFailed
 # What the child of `forkd check` tells of each step, in order
 
 
-@dataclass(frozen=True, slots=True)
-class StepChecked:
+class StepChecked(Message):
     """A step was tried.
 
     Attributes:
@@ -522,13 +523,10 @@ class StepChecked:
         details: the lines below the reason, such as a traceback.
     """
 
-    KIND: ClassVar = ("check", "step")
-    step: int = field(metadata=_limits(0, _MOST_NUMBER))
+    KIND = ("check", "step")
+    step: Number
     reason: str = ""
     details: str = ""
-
-
-Message = Request | Reply | WorkerCommand | ChildEvent | LaunchMessage | StepChecked
 
 
 # From a message to a line
@@ -537,8 +535,7 @@ Message = Request | Reply | WorkerCommand | ChildEvent | LaunchMessage | StepChe
 def to_plain(message: Message) -> JsonObject:
     """The JSON object of a message. What is None is left out, as receivers of any version expect."""
     key, name = message.KIND
-    values = ((each, getattr(message, each)) for each in _FIELDS[type(message)])
-    return {key: name, **{each: value for each, value in values if value is not None}}
+    return {key: name, **{each: value for each, value in vars(message).items() if value is not None}}
 
 
 def encode(message: Message | JsonObject) -> bytes:
@@ -647,7 +644,7 @@ def _decode(key: str, found: JsonObject) -> Any:
 
 def _build(kind: type, found: JsonObject) -> Any:
     values: JsonObject = {}
-    for name, form in _FIELDS[kind].items():
+    for name, form in _FORMS[kind].items():
         if name in found:
             form.check(name, found[name])
             values[name] = found[name]
@@ -656,8 +653,7 @@ def _build(kind: type, found: JsonObject) -> Any:
     return kind(**values)
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
+class _Form(NamedTuple):
     """What one field may hold.
 
     Attributes:
@@ -665,29 +661,36 @@ class _Form:
         holds: whether a value is of the type.
         required: whether there is no default.
         optional: whether it may be None.
-        limits: the least and the greatest number.
     """
 
     wanted: str
     holds: Callable[[Any], bool]
     required: bool
     optional: bool
-    limits: tuple[int, int] | None
 
     def check(self, name: str, value: object) -> None:
         """Raises InvalidMessage for a value that is of another type, or beyond the limits."""
-        if value is None and self.optional:
-            return
-        if not self.holds(value):
+        if not (self.holds(value) or (value is None and self.optional)):
             raise InvalidMessage(f"{name}: {self.wanted} is wanted")
-        if self.limits is not None and not self.limits[0] <= cast(int, value) <= self.limits[1]:
-            raise InvalidMessage(f"{name}: {self.wanted} is wanted")
+
+
+def _within(least: int, most: int) -> tuple[str, Callable[[Any], bool]]:
+    """What a whole number between these limits is called, and whether a value is one. True is no number."""
+    return f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
 
 
 #: The types that a field may be declared with: what each is called, and whether a value is of it. True is no number.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: type(value) is int),
+    "Number": _within(0, (1 << 63) - 1),
+    "WorkerCount": _within(1, MOST_WORKERS),
+    "ExitStatus": _within(0, 255),
+    "Cookie": _within(1, (1 << 64) - 1),
     "float": ("a number", lambda value: type(value) in (int, float) and abs(value) < inf),
     "str": ("text", lambda value: isinstance(value, str)),
     "object": ("a value", lambda value: True),
@@ -697,23 +700,15 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _is_list_of(kind: type, value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
-
-
-def _forms_of(kind: Any) -> dict[str, _Form]:
+def _forms_of(kind: type[Message]) -> dict[str, _Form]:
     """The form of each field of a class, by name."""
     found = {}
-    for each in fields(kind):
-        declared = str(each.type).removesuffix(" | None")
-        wanted, holds = _TYPES[declared]
-        limits = each.metadata.get("limits")
-        if limits is not None:
-            wanted += f" from {limits[0]} to {limits[1]}"
-        found[each.name] = _Form(wanted, holds, each.default is MISSING, declared != each.type, limits)
+    for name, default in kind._defaults.items():
+        declared = kind.__annotations__[name]
+        wanted, holds = _TYPES[declared.removesuffix(" | None")]
+        found[name] = _Form(wanted, holds, default is _MISSING, declared.endswith(" | None"))
     return found
 
 
-_CLASSES: tuple[Any, ...] = Message.__args__
-_FIELDS: dict[type, dict[str, _Form]] = {kind: _forms_of(kind) for kind in _CLASSES}
-_KINDS: dict[tuple[str, object], type] = {kind.KIND: kind for kind in _CLASSES if kind.KIND[0] != "ok"}
+_FORMS = {kind: _forms_of(kind) for kind in Message.__subclasses__()}
+_KINDS = {kind.KIND: kind for kind in _FORMS if kind.KIND[0] != "ok"}

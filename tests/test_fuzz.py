@@ -24,7 +24,7 @@ from forkd.config.loader import LoadResult, empty_mapping, node_of, read_graph
 from forkd.config.serialize import to_plain
 from forkd.framing import FixedSizeFraming, Framing, LengthPrefixFraming, LineFraming, MessageTooLong
 from forkd.messages import (
-    _FIELDS,
+    _FORMS,
     _KINDS,
     InvalidMessage,
     JsonLines,
@@ -68,7 +68,7 @@ WORDS = ["", "x", "10.0.0.0/8", "\u0436", "\udc80", "\x1b[0m"]
 VALUES = LEAVES | st.sampled_from(
     [*WORDS, [], {}, [[]], [{}], ["x"], [1, {"x": []}], {"x": {}}, {"": [None]}, -1, 1 << 64, float("inf"), True]
 )
-FIELDS = sorted({name for names in _FIELDS.values() for name in names})
+FIELDS = sorted({name for names in _FORMS.values() for name in names})
 OBJECTS = st.builds(
     lambda kind, rest: {**rest, kind[0]: kind[1]},
     st.sampled_from(sorted(_KINDS, key=str)),

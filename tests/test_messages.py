@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def test_bytes_of_any_kind_are_objects_or_a_malformed_line(chunks: list[bytes]) 
 
 # The classes
 
-CLASSES: tuple[Any, ...] = Message.__args__
+CLASSES: list[Any] = Message.__subclasses__()
 DECODERS: dict[str, Callable[[JsonObject], object]] = {
     "verb": messages.decode_request,
     "order": messages.decode_command,
@@ -142,7 +143,10 @@ OBJECT = st.dictionaries(TEXTS, VALUES, max_size=3)
 HELD: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "int": NUMBERS,
-    "int | None": st.none() | st.integers(1, 2**64 - 1),
+    "Number": NUMBERS,
+    "WorkerCount": st.integers(1, MOST_WORKERS),
+    "ExitStatus": st.integers(0, 255),
+    "Cookie | None": st.none() | st.integers(1, 2**64 - 1),
     "float": st.floats(allow_nan=False, allow_infinity=False) | NUMBERS,
     "str": TEXTS,
     "str | None": st.none() | TEXTS,
@@ -151,12 +155,14 @@ HELD: dict[str, st.SearchStrategy[Any]] = {
     "list[str]": st.lists(TEXTS, max_size=3),
     "list[dict[str, Any]]": st.lists(OBJECT, max_size=2),
 }
-WITHIN = {"ScaleRequest.workers": st.integers(1, MOST_WORKERS), "LaunchFailed.status": st.integers(0, 255)}
 #: What none of these types but `object` is: of each kind of JSON value one that is wrong for the field.
 WRONG: dict[str, list[object]] = {
     "bool": [None, 0, 1, "true", [], {}],
     "int": [None, True, 1.0, "1", [1], {}],
-    "int | None": [True, 1.0, "1", [1], {}, 0, -1, 2**64],
+    "Number": [None, True, 1.0, "1", [1], {}, -1, 2**63],
+    "WorkerCount": [None, True, 1.0, "1", [1], {}, 0, MOST_WORKERS + 1],
+    "ExitStatus": [None, True, 1.0, "1", [1], {}, -1, 256],
+    "Cookie | None": [True, 1.0, "1", [1], {}, 0, -1, 2**64],
     "float": [None, True, "1", [], {}, float("nan"), float("inf")],
     "str": [None, True, 1, ["x"], {}],
     "str | None": [True, 1, ["x"], {}],
@@ -175,12 +181,15 @@ def decode(kind: Any, found: JsonObject) -> object:
 
 def made(kind: Any) -> st.SearchStrategy[Any]:
     """Messages of a class."""
-    return st.builds(
-        kind, **{one.name: WITHIN.get(f"{kind.__name__}.{one.name}", HELD[str(one.type)]) for one in fields(kind)}
-    )
+    return st.builds(kind, **{name: HELD[declared] for name, declared in fields(kind).items()})
 
 
-SHAPES = [(kind, one) for kind in CLASSES for one in fields(kind)]
+def fields(kind: Any) -> dict[str, str]:
+    """The fields of a class: how each is declared."""
+    return {name: declared for name, declared in kind.__annotations__.items() if "ClassVar" not in declared}
+
+
+SHAPES = [(kind, name) for kind in CLASSES for name in fields(kind)]
 
 
 @given(st.sampled_from(CLASSES).flatmap(made))
@@ -188,6 +197,36 @@ def test_message_of_any_class_survives_the_wire(message: Message) -> None:
     [found] = decoded([encode(message)])
     assert decode(type(message), found) == message
     assert decode(type(message), {**found, "of a later version": 1}) == message
+
+
+def test_message_is_made_compared_and_kept_as_a_frozen_dataclass() -> None:
+    event: Any = messages.AnswerEvent(9, found=3)
+    assert (event.number, event.found) == (9, 3)
+    assert event == messages.AnswerEvent(number=9, found=3)
+    assert repr(event) == "AnswerEvent(number=9, found=3)"
+    assert hash(event) == hash(messages.AnswerEvent(9, 3))
+    assert event != messages.AnswerEvent(9)
+    assert messages.DoneReply() != messages.DrainRequest()
+    match event:
+        case messages.AnswerEvent(number, found=found):
+            assert (number, found) == (9, 3)
+    assert event.replace(number=1) == messages.AnswerEvent(1, 3)
+    with pytest.raises(AttributeError, match="AnswerEvent is not to be changed: number"):
+        event.number = 10
+
+
+@pytest.mark.parametrize("arguments", [((), {}), ((1, 2, 3), {}), ((1,), {"number": 1}), ((1,), {"nubmer": 1})])
+def test_message_with_other_fields_can_not_be_made(arguments: tuple[tuple[int, ...], dict[str, int]]) -> None:
+    given, named = arguments
+    kind: Any = messages.AnswerEvent
+    with pytest.raises(TypeError, match="AnswerEvent takes number, found"):
+        kind(*given, **named)
+
+
+def test_messages_cost_no_compilation_when_they_are_imported() -> None:
+    """A dataclass of each would take longer than most commands need for the rest."""
+    program = "import sys, forkd.messages; sys.exit('dataclasses' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_each_kind_on_the_wire_is_of_one_class() -> None:
@@ -216,17 +255,16 @@ def test_names_on_the_wire_stay_for_other_versions(message: Message, line: bytes
     assert encode(message) == line + b"\n"
 
 
-@pytest.mark.parametrize(("kind", "one"), SHAPES, ids=[f"{kind.__name__}.{one.name}" for kind, one in SHAPES])
+@pytest.mark.parametrize(("kind", "name"), SHAPES, ids=[f"{kind.__name__}.{name}" for kind, name in SHAPES])
 @given(data=st.data())
-def test_field_of_another_type_or_missing_is_refused(kind: Any, one: Field[Any], data: st.DataObject) -> None:
+def test_field_of_another_type_or_missing_is_refused(kind: Any, name: str, data: st.DataObject) -> None:
     found = to_plain(data.draw(made(kind)))
-    wrong = [*WRONG[str(one.type)], *([-1, 2**64] if "limits" in one.metadata else [])]
-    for value in wrong:
-        with pytest.raises(InvalidMessage, match=f"^{one.name}: .* is wanted$"):
-            decode(kind, {**found, one.name: value})
-    if one.default is MISSING:
-        found.pop(one.name)
-        with pytest.raises(InvalidMessage, match=f"^{one.name}: .* is wanted$"):
+    for value in WRONG[fields(kind)[name]]:
+        with pytest.raises(InvalidMessage, match=f"^{name}: .* is wanted$"):
+            decode(kind, {**found, name: value})
+    if not hasattr(kind, name):
+        found.pop(name)
+        with pytest.raises(InvalidMessage, match=f"^{name}: .* is wanted$"):
             decode(kind, found)
 
 
@@ -257,7 +295,7 @@ def test_reply_that_is_an_error_is_one_whatever_was_expected() -> None:
 
 
 NAMES = st.sampled_from(sorted({str(kind.KIND[1]) for kind in CLASSES}))
-KEYS = st.sampled_from(sorted({one.name for kind in CLASSES for one in fields(kind)} | {"ok"}))
+KEYS = st.sampled_from(sorted({name for kind in CLASSES for name in fields(kind)} | {"ok"}))
 
 
 @given(

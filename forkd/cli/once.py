@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 
 from forkd.app.once import is_inherited, run_once, start_once
 from forkd.cli.target import settings_of
@@ -36,6 +35,6 @@ def serve(settings: Settings, *, foreground: bool, as_json: bool = False) -> int
 
 def _print(ready: OnceReady, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(asdict(ready)), flush=True)
+        print(json.dumps({"state": ready.state, "address": ready.address, "pid": ready.pid}), flush=True)
     else:
         print(ready.state, ready.address, "pid", ready.pid, flush=True)

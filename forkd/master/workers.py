@@ -21,7 +21,7 @@ import signal
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -598,7 +598,7 @@ class Questions:
         """
         question = Question(next(self._numbers), time.monotonic() + within)
         self._open[question.number] = question
-        numbered = replace(query, number=question.number)
+        numbered = query.replace(number=question.number)
         for worker in workers:
             if worker.slot == HELPER or worker.state not in _ANSWERING or not worker.readable:
                 continue
