@@ -455,8 +455,9 @@ class Master:
             state.superseded = state.superseded or state.control.displaced
             state.remember_closed_listeners(state.generation.bound)
             if state.superseded:
-                for bound in state.generation.services:
+                for bound in state.generation.services:  # the successor may end, and another want them, before this
                     bound.disown()
+                    bound.remove()
             for bound in state.generation.bound:  # a client that comes now is refused rather than left waiting
                 if state.superseded:
                     bound.disown()  # the path is the successor's

@@ -19,10 +19,10 @@ import pytest
 from forkd.master.admin.server import MOST_CLIENTS
 from tests.support.admin import Answer, Connection, ask, check, service_of
 from tests.support.changing_daemon import Changing
-from tests.support.clients import at_end, dial, echoes, read, refuses
+from tests.support.clients import at_end, dial, echoes, is_free, read, refuses
 from tests.support.daemon import Daemon, Harness
 from tests.support.needs import needs_root
-from tests.support.processes import eventually
+from tests.support.processes import alive, eventually, wait_end
 from tests.support.unprivileged import NOBODY
 
 ADMIN = "admin.address=tcp://127.0.0.1:0"
@@ -291,6 +291,21 @@ def test_addresses_are_handed_over_without_a_gap(harness: Harness, verb: str) ->
     assert (result.returncode, result.stderr, wrong) == (0, "", [])
     assert (service_of(daemon), service_of(daemon, "agent")) == (where, agent)
     assert ask(where, "/ready").status == 200
+
+
+def test_addresses_are_free_when_the_successor_ends_before_the_old_master(harness: Harness) -> None:
+    site = Changing(harness, admin={"address": "tcp://127.0.0.1:0"}, agent="tcp://127.0.0.1:0")
+    daemon = site.daemon.start()
+    addresses = [daemon.address, service_of(daemon), service_of(daemon, "agent")]
+    client, old = site.greet()[0], daemon.pid
+    for verb in ("restart", "stop"):
+        result = daemon.command(verb)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert [address for address in addresses if not is_free(address)] == []
+    assert alive(old)
+    assert echoes(client)
+    client.close()
+    wait_end(old)
 
 
 def inodes_of(pid: int) -> set[str]:
