@@ -38,6 +38,7 @@ from forkd.system.fdstore import bind_stored
 from forkd.system.identity import Identity, find_identity
 from forkd.system.listeners import BoundListener, bind_all
 from forkd.system.logs import go_on_with_log, log_to_stderr, open_log, start_logging
+from forkd.system.notify import has_manager
 from forkd.system.pidfile import (
     RunDirectory,
     enter_directory,
@@ -265,7 +266,7 @@ class Daemon:
 
     def _entry_points(self, control: ControlSocket, board: Scoreboard) -> EntryPoints:
         boot_worker, worker_context = _serving()
-        pid = os.getpid()
+        pid, listeners_kept = os.getpid(), has_manager(os.environ)
 
         def serve(generation: Generation, slot: int, row: Row, channel: Channel) -> int:
             return boot_worker(
@@ -282,6 +283,7 @@ class Daemon:
                     certificates=generation.certificates.contents,
                     directory=self.launch.directory,
                     generation=generation.number,
+                    listeners_kept=listeners_kept,
                 )
             )
 

@@ -41,7 +41,7 @@ from forkd.messages import (
     decode_command,
 )
 from forkd.serve.accept.acceptor import Acceptor, ConnectionStats
-from forkd.serve.accept.balance import Balance
+from forkd.serve.accept.balance import Balance, Waiting
 from forkd.serve.accept.limits import ConnectionLimiter, is_limited, limited_acceptors
 from forkd.serve.accept.listener_stats import ListenerStats
 from forkd.serve.accept.proxy_protocol import note_clients
@@ -110,6 +110,7 @@ class WorkerContext:
         directory: where the daemon was started, which is the worker's directory where the settings name none.
         generation: the number of its generation.
         certificates: what is in the files of certificates, as far as the master has read them.
+        listeners_kept: whether a service manager keeps the listeners, and the clients that wait, if the master dies.
     """
 
     settings: Settings
@@ -124,6 +125,7 @@ class WorkerContext:
     directory: str = ""
     generation: int = 1
     certificates: Contents = field(default_factory=dict)
+    listeners_kept: bool = False
 
 
 class WorkerProcess:
@@ -464,7 +466,7 @@ class WorkerProcess:
             drain.begin(lambda context: spread * random.random() if CONNECTION in context else 0.0)  # noqa: S311
             # Those that are here; one that comes yet is asked when it is connected.
             transports = transports_of(self.loop)
-            self._balance.stop()
+            self._balance.stop(self._waiting_clients())
             for one in self._waiting:
                 one.stop()
             self._draining = True  # only now: from here on each end of a connection may be the last one
@@ -480,6 +482,12 @@ class WorkerProcess:
             self._deadline = deadline
             self.loop.call_at(deadline, self.close)
         self._end_if_drained()
+
+    def _waiting_clients(self) -> Waiting:
+        """Which of the clients that wait are this worker's to take when it drains."""
+        if not self._orphaned:
+            return Waiting.OWN
+        return Waiting.NONE if self._context.listeners_kept else Waiting.ALL
 
     def _notify(self, transports: Sequence[StreamTransport | HandedOver], spread: float) -> None:
         """Tells connections that the worker drains, evenly over so many seconds. When the first has its turn is random,

@@ -17,6 +17,11 @@ from collections.abc import Mapping, Sequence
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
+def has_manager(environment: Mapping[str, str]) -> bool:
+    """Whether there is a service manager that this process may tell."""
+    return bool(environment.get("NOTIFY_SOCKET"))
+
+
 class Notifier:
     """The socket to the service manager.
 

@@ -264,6 +264,26 @@ def test_master_killed_ends_its_workers_and_frees_the_port(harness: Harness, wha
     assert echoes(harness.connect(address))
 
 
+@pytest.mark.parametrize("listen", ["tcp://127.0.0.1:0", "tcp://[::1]:0", "unix:{}/echo", "unix:@{}"])
+def test_clients_that_wait_when_the_master_is_killed_are_served(harness: Harness, tmp_path: Path, listen: str) -> None:
+    daemon = harness.daemon(workers=3, listen=(listen.format(tmp_path),)).start()
+    daemon.expect("the master is gone")
+    master, workers = daemon.pid, daemon.workers().values()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    waiting = [harness.connect(daemon) for _ in range(40)]
+    for client in waiting:
+        client.sendall(b"hello")
+    os.kill(master, signal.SIGKILL)
+    wait_end(master, 5)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    assert [read(client, 5) for client in waiting] == [b"hello"] * 40
+    for pid in workers:
+        wait_end(pid, 5)
+    daemon.start()  # which clears away what was left
+
+
 def test_worker_that_still_boots_goes_with_its_master_too(harness: Harness, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate")
     daemon = harness.daemon(target="gate:Echo", workers=1)

@@ -66,6 +66,25 @@ def test_killed_master_comes_back_with_ports_and_waiting_clients(
     assert [one for one in manager.received[heard:] if "FDNAME" in one] == []  # it has them
 
 
+def test_clients_that_wait_when_the_master_alone_is_killed_wait_for_the_next(
+    harness: Harness, manager: FakeManager
+) -> None:
+    first = managed_daemon(manager, harness, workers=1).run()
+    manager.wait_for("READY")
+    first.expect("the master is gone")
+    master, (worker,) = first.pid, first.workers().values()
+    os.kill(worker, signal.SIGSTOP)
+    _, *waiting = [harness.connect(first) for _ in range(4)]  # an event may have told of the first one before
+    os.kill(master, signal.SIGKILL)
+    wait_end(master)
+    os.kill(worker, signal.SIGCONT)
+    wait_end(worker)
+    second = managed_daemon(manager, harness)
+    second.expect("the master is gone")  # in the same log
+    manager.start_with_store(second)
+    assert all(echoes(client) for client in waiting)
+
+
 def test_names_are_such_as_systemd_takes(harness: Harness, manager: FakeManager, tmp_path: Path) -> None:
     long = f"unix:{tmp_path}/{'é' * 20}"
     managed_daemon(

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from math import inf
 from typing import Any, ClassVar, Protocol
 
 from forkd.ended import Ended
@@ -224,21 +225,27 @@ class Acceptor:
             self._unwatch()
             self._take_waiting(count)
 
-    def take_rest(self, count: Callable[[], None]) -> None:
-        """Leaves the wait queue, then accepts all clients that wait: no more come, by a listener that was replaced.
+    def take_rest(self, count: Callable[[], None], until: float = inf) -> None:
+        """Leaves the wait queue, then accepts all clients that wait and for which this worker has room.
 
         Args:
             count: as of `last_call`.
+            until: by the loop's time, when to leave the others, where more may come all the time.
         """
-        self.leave()
-        while self._take_waiting(count):
+        self._unwatch()
+        while self._has_room() and self._loop.time() < until and self._take_waiting(count):
             pass
+        self.leave()
 
     def close(self) -> None:
         """Leaves for good and closes this process's copy of the listener."""
         self.leave()
         self._selector.listeners.pop(self._fd, None)
         self._sock.close()
+
+    def _has_room(self) -> bool:
+        """Whether a client may come now; where not, it waits for another worker."""
+        return True
 
     def _take(self, descriptor: int, peer: Any, accepted: Callable[[Acceptor], None]) -> None:
         """Takes in a client that was accepted, and tells so before it is served."""

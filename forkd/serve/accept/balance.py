@@ -40,6 +40,10 @@ MOST_LEFT = 64
 #: Heartbeats for which a worker may then be further ahead.
 LENIENT_BEATS = 10
 
+#: Seconds in which a worker whose master is dead takes the clients that wait: by a socket that another daemon has, too,
+#: more may come all the time.
+REST_SECONDS = 0.25
+
 #: Seconds from one line about exhaustion to the next.
 _MINUTE = 60
 
@@ -120,6 +124,14 @@ class BalanceState(Enum):
     STOPPED = auto()  # none: it has not started, or takes no more clients
 
 
+class Waiting(Enum):
+    """Which of the clients that wait are for a worker that stops."""
+
+    OWN = auto()  # one for each listener, which may have woken no other worker
+    ALL = auto()  # the master is dead: when the last worker closes its copy of the listener, the kernel resets the rest
+    NONE = auto()  # the same, but a service manager keeps the listener for the next master
+
+
 class Balance:
     """A worker's share of the clients.
 
@@ -151,19 +163,26 @@ class Balance:
         self._acceptors = acceptors
         self._rejoin()
 
-    def stop(self) -> None:
-        """Takes no more clients but one that this worker alone may know of, and closes this process's copies of the
-        listeners. That one is counted when this returns.
+    def stop(self, takes: Waiting = Waiting.OWN) -> None:
+        """Takes no more clients but some that wait, and closes this process's copies of the listeners. Those are
+        counted when this returns.
+
+        Args:
+            takes: which.
         """
         self._stats.set_accepting(False)
         self._enter(BalanceState.STOPPED)
         self._fairness_retry.cancel()
         self._room_retry.cancel()
         acceptors, self._acceptors = self._acceptors, ()
+        if takes is Waiting.OWN:
+            for acceptor in acceptors:
+                acceptor.last_call(self._stats.opened)
+        until = self._loop.time() + REST_SECONDS
         for acceptor in acceptors:
-            acceptor.last_call(self._stats.opened)
-        for acceptor in acceptors:
-            acceptor.close()
+            if takes is Waiting.ALL:
+                acceptor.take_rest(self._stats.opened, until)
+            acceptor.close()  # right after no more waited
 
     def accepted(self, acceptor: Acceptor) -> None:
         """Counts a client that was accepted; lets another worker have the next one."""

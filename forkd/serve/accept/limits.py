@@ -256,6 +256,9 @@ class LimitedAcceptor(Acceptor):
         else:
             self.leave()
 
+    def _has_room(self) -> bool:
+        return self._limiter.reserve()
+
     def _take(self, descriptor: int, peer: Any, accepted: Callable[[Acceptor], None]) -> None:
         reason, release = self._admit(peer)
         if not reason:

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from forkd.serve.accept.balance import SLACK, BalanceState
+from forkd.serve.accept.balance import REST_SECONDS, SLACK, BalanceState, Waiting
 from forkd.system.scoreboard import NOT_ACCEPTING, Field
 from tests.support.accept_fixture import AcceptFixture, Failing, accept_fixtures, overtake
 from tests.support.processes import DEADLINE
@@ -56,6 +56,44 @@ def test_stop_takes_one_client_for_each_listener(
             listener.accept()[0].close()
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+def test_stop_leaves_clients_to_the_next_daemon(accept: AcceptFixture) -> None:
+    kept = accept.stack.enter_context(accept.listener.dup())
+    accept.balance.start([accept.acceptor])
+    accept.client()
+    accept.balance.stop(Waiting.NONE)
+    assert (accept.stats.accepted, accept.listener.fileno()) == (0, -1)
+    kept.accept()[0].close()
+
+
+def test_stop_of_an_orphaned_worker_takes_all_that_wait(accept: AcceptFixture) -> None:
+    second, acceptor = accept.listen(socket.socket)
+    accept.balance.start([accept.acceptor, acceptor])
+    clients = [accept.client(listener) for listener in (accept.listener, second) for _ in range(4)]
+    accept.balance.stop(Waiting.ALL)
+    assert (accept.stats.accepted, accept.listener.fileno(), second.fileno()) == (8, -1, -1)
+    assert [accept.hear(client) for client in clients] == [b"hello"] * 8
+
+
+def test_stop_of_an_orphaned_worker_ends_though_clients_come_all_the_time(
+    accept: AcceptFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_another = accept.stack.enter_context(accept.listener.dup())
+    accept.balance.start([accept.acceptor])
+    accept.client()
+    times = iter([0.0, 0.0, REST_SECONDS])
+    monkeypatch.setattr(accept.loop, "time", lambda: next(times))
+
+    def serve(sock: socket.socket, _peer: object) -> None:
+        sock.close()
+        accept.client(of_another)
+
+    monkeypatch.setattr(accept.acceptor, "_serve", serve)
+    accept.balance.stop(Waiting.ALL)
+    monkeypatch.undo()
+    assert accept.stats.accepted == 1
+    of_another.accept()[0].close()
 
 
 def test_stop_counts_a_client_that_comes_and_goes_meanwhile(accept: AcceptFixture) -> None:

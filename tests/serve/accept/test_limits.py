@@ -15,6 +15,7 @@ from forkd.config.listener import ConnectionLimits, Listener
 from forkd.serve.accept import access
 from forkd.serve.accept.acceptor import Serve
 from forkd.serve.accept.access import Refusals
+from forkd.serve.accept.balance import Waiting
 from forkd.serve.accept.limits import ConnectionLimiter, LimitedAcceptor
 from forkd.system.listeners import BoundListener
 from forkd.system.scoreboard import NOT_ACCEPTING, Field
@@ -101,6 +102,23 @@ def test_a_slot_that_another_worker_releases_is_found(accept: AcceptFixture) -> 
     assert not limited.acceptors[0].queued
     other.release_reserved()
     assert accept.hear(waiting) == b"hello"  # by the timer: none of its own connections has ended
+
+
+@pytest.mark.parametrize(("over", "taken"), [("wait", 2), ("refuse", 4)])
+def test_stop_of_an_orphaned_worker_leaves_clients_without_a_slot_to_others(
+    accept: AcceptFixture, over: str, taken: int
+) -> None:
+    limited = Limited(accept, connections=2, over=over)
+    of_another = accept.stack.enter_context(limited.sockets[0].dup())
+    accept.balance.start(limited.acceptors)
+    clients = [accept.client(limited.sockets[0]) for _ in range(4)]
+    accept.balance.stop(Waiting.ALL)
+    assert [accept.hear(client) for client in clients[:taken]] == [b"hello", b"hello", b"", b""][:taken]
+    for _ in range(4 - taken):
+        of_another.accept()[0].close()
+    with pytest.raises(BlockingIOError):
+        of_another.accept()
+    assert limited.slots == 2
 
 
 def test_stop_takes_a_last_client_if_there_is_a_slot(accept: AcceptFixture) -> None:
