@@ -6,6 +6,7 @@
 #             or in FORKD_FUZZ_DATABASE, and tried first the next time
 # make sanitize  the contract suites over the compiled twin, with assertions, AddressSanitizer and LeakSanitizer
 # make docs   the pages of docs/ as a site in site/; a dead link fails it
+# make pictures  the pictures of the status page and of `forkd top` in docs/pictures, of an example (needs chromium)
 # make coverage  how much of forkd/ the tests run, over all processes; ARGS as for `make test`
 # make bench  what a request costs beside C and other servers, in ten minutes, into docs/benchmarks.md and its plots
 # make bench-quick  the same of the nearest ones, in a minute, printed
@@ -30,7 +31,7 @@ JOBS ?= $(shell expr 2 '*' $$(nproc))
 BUILT_OF := pyproject.toml setup.py forkd/__init__.py $(shell find forkd -name '_fast.pyx')
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test soak fuzz sanitize lint docs coverage bench bench-quick bench-rest guard guard-renew completions wheel clean
+.PHONY: run test soak fuzz sanitize lint docs pictures coverage bench bench-quick bench-rest guard guard-renew completions wheel clean
 
 run: $(VENV)/run
 	@echo "forkd serves an echo. In another terminal:  nc 127.0.0.1 7007"
@@ -71,6 +72,9 @@ lint: $(VENV)/dev
 docs: $(VENV)/docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "the pages are in site/index.html"
+
+pictures: $(VENV)/test
+	@$(BIN)/python -m tests.support.pictures docs/pictures
 
 # Workers of another user write their part of it too. The table is printed also where a test has failed.
 coverage: $(VENV)/coverage
