@@ -11,7 +11,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from forkd.config.fields import Needs
@@ -46,11 +46,17 @@ def warn(settings: Settings, bound: Sequence[BoundListener] = ()) -> None:
         log.warning("%s", short)
     for lacking in descriptor_warnings(settings):
         log.warning("%s", lacking)
+    for careless in exposures(settings):
+        log.warning("%s", careless)
+
+
+def exposures(settings: Settings) -> Iterator[str]:
+    """What these settings leave open, each as a sentence; `forkd check` says it too."""
     for address in settings.admin.address:
         if address.scheme == "tcp" and not settings.admin.allow and not address.host.startswith(_THIS_MACHINE):
-            log.warning("admin: everybody who reaches %s can ask there; set admin.allow", address)
+            yield f"admin: everybody who reaches {address} can ask there; set admin.allow"
     if settings.chroot is not None and settings.user is None and os.geteuid() == 0:
-        log.warning("chroot: does not confine root, as which these workers run; set user too")
+        yield "chroot: does not confine root, as which these workers run; set user too"
 
 
 def prepare(present: Generation, verb: str, channel: Channel, reread: Callable[[], Settings], directory: str) -> int:

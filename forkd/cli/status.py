@@ -105,7 +105,10 @@ def check(command: argparse.Namespace) -> int:
     check_all(result, starting_daemon(command, result))
     if result.problems:
         raise ConfigError(result.problems)
-    for warning in (*descriptor_warnings(result.settings), *_stop_warnings(result.settings)):
+    from forkd.app.reload_helper import exposures  # noqa: PLC0415 (as in `check_all`)
+
+    settings = result.settings
+    for warning in (*descriptor_warnings(settings), *_stop_warnings(settings), *exposures(settings)):
         _print_warning(warning)
     print(f"{result.settings.name}: the settings, the addresses and the handlers are in order")
     return 0

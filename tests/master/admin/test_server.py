@@ -99,7 +99,9 @@ def test_allow_names_who_may_ask(harness: Harness) -> None:
 
 def test_endpoint_that_everybody_reaches_is_warned_of(harness: Harness) -> None:
     everywhere = harness.daemon("open", settings=("admin.address=tcp://0.0.0.0:0",)).start()
-    everywhere.wait_log("WARNING .*: admin: everybody who reaches tcp://0.0.0.0:0 can ask there; set admin.allow")
+    told = "admin: everybody who reaches tcp://0.0.0.0:0 can ask there; set admin.allow"
+    everywhere.wait_log(f"WARNING .*: {told}")
+    assert everywhere.command("check").stderr == f"warning: {told}\n"
     closed = harness.daemon(
         "closed", settings=("admin.address=[tcp://0.0.0.0:0, 0]", "admin.allow=[10.0.0.0/8]")
     ).start()
