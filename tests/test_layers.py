@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -180,12 +181,28 @@ def test_grammar_loads_only_what_the_command_that_is_given_needs() -> None:
     assert found & {"difflib", "shutil", "forkd.compiled", "forkd.cli.target"} == set()
 
 
-@pytest.mark.parametrize("module", ["control", "status", "clients"])
-def test_command_about_a_running_daemon_loads_nothing_of_one(module: str) -> None:
+@pytest.mark.parametrize("module", ["control", "status", "clients", "daemons"])
+def test_command_about_a_running_daemon_loads_no_settings(module: str) -> None:
+    """A command is a process of its own, and most of its time goes into imports."""
     found = loaded(f"import forkd.cli.{module}")
     assert f"forkd.cli.{module}" in found
-    heavy = ("asyncio", "ssl", "daemon", "forkd.master", "forkd.serve", "forkd.app.daemon", "forkd.app.once")
-    assert [one for one in found if one.startswith(heavy)] == []
+    heavy = {"asyncio", "ssl", "yaml", "hashlib", "logging", "setproctitle", "difflib", "unicodedata"}
+    assert found & heavy == set()
+    own = {one for one in found if one.startswith("forkd.")}
+    assert [one for one in own if one.startswith(("forkd.master", "forkd.serve", "forkd.app"))] == []
+    assert {one for one in own if one.startswith("forkd.config.")} <= {"forkd.config.address", "forkd.config.values"}
+
+
+def test_command_that_is_given_a_file_reads_its_settings_only() -> None:
+    program = """
+    import argparse
+    from forkd.cli.target import wanted_daemon
+    command = argparse.Namespace(target="./nowhere.yaml", name=None, run_directory=None)
+    assert wanted_daemon(command).name == "nowhere"
+    """
+    found = loaded(dedent(program))
+    assert {"yaml", "forkd.config.loader"} <= found
+    assert [one for one in found if one.startswith(("forkd.master", "forkd.serve", "forkd.app"))] == []
 
 
 def test_start_loads_nothing_that_serves() -> None:

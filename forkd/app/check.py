@@ -1,6 +1,6 @@
 """What `forkd check` tries: whether the addresses could be bound, the handlers and hooks imported. It changes nothing.
 
-Handlers are imported in a child, as the user that a worker would be; `cli.status` shows what was found.
+Handlers are imported in a child, as the user that a worker would be; `cli.check` shows what was found.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from forkd.messages import InvalidMessage, JsonLines, MalformedLine, StepChecked
 from forkd.system.identity import Identity
 from forkd.system.listeners import find_holders, probe_listener
 from forkd.system.logs import probe_log
-from forkd.system.pidfile import enter_directory, probe_directory, probe_private_directory, run_directory
+from forkd.system.private_directory import probe_private_directory
 from forkd.system.process import leave_terminal
+from forkd.system.run_directory import run_directory
+from forkd.system.working_directory import enter_directory, probe_directory
 
 
 def check_addresses(

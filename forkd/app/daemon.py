@@ -37,18 +37,14 @@ from forkd.system.channel import Channel
 from forkd.system.fdstore import bind_stored
 from forkd.system.identity import Identity, find_identity
 from forkd.system.listeners import BoundListener, bind_all
-from forkd.system.logs import go_on_with_log, log_to_stderr, open_log, start_logging
+from forkd.system.logs import go_on_with_log, log_target, log_to_stderr, open_log, start_logging
 from forkd.system.notify import has_manager
-from forkd.system.pidfile import (
-    RunDirectory,
-    enter_directory,
-    log_target,
-    make_private_directory,
-    run_directory,
-    starting_directory,
-)
-from forkd.system.process import dump_stacks_on, need_proc
+from forkd.system.private_directory import hold_run_directory, make_private_directory
+from forkd.system.proc import need_proc
+from forkd.system.process import dump_stacks_on
+from forkd.system.run_directory import RunDirectory, run_directory
 from forkd.system.scoreboard import Row, Scoreboard
+from forkd.system.working_directory import enter_directory, starting_directory
 
 if TYPE_CHECKING:
     from forkd.serve.worker import WorkerContext
@@ -158,7 +154,7 @@ def holding(settings: Settings, predecessor: PredecessorResources | None = None)
     """The daemon's name and addresses, held until the end; a predecessor's as far as it has them. Raises ForkdError."""
     run = run_directory(settings) if predecessor is None else predecessor.run
     if predecessor is None:
-        run.hold(find_identity(settings))
+        hold_run_directory(run, find_identity(settings))
     else:
         run.pid_file.adopt(predecessor.lock, borrowed=True)
     try:

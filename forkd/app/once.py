@@ -29,11 +29,13 @@ from forkd.serve.stream.tls import load_certificates, load_contexts
 from forkd.system.identity import find_identity
 from forkd.system.inherited import address_of, is_connected, is_listening, take_inherited
 from forkd.system.listeners import BoundListener, bind_listener
-from forkd.system.logs import open_log, set_role, start_logging
-from forkd.system.pidfile import PidFile, enter_directory, log_target, starting_directory
-from forkd.system.process import finish_interpreter, leave_terminal, need_proc
+from forkd.system.logs import log_target, open_log, set_role, start_logging
+from forkd.system.pidfile import PidFile
+from forkd.system.proc import need_proc
+from forkd.system.process import finish_interpreter, leave_terminal
 from forkd.system.socket_options import option_warnings, tune
 from forkd.system.tls_files import expiry_warning
+from forkd.system.working_directory import enter_directory, starting_directory
 
 if TYPE_CHECKING:
     from forkd.config.values import Network

@@ -25,9 +25,9 @@ from forkd.messages import BoundEvent, ChildEvent, DifferencesEvent, FailedEvent
 from forkd.system.channel import Channel
 from forkd.system.identity import find_identity
 from forkd.system.listeners import BoundListener, bind_listener, matching_indexes, unmatched
-from forkd.system.pidfile import change_directory
 from forkd.system.rlimits import descriptor_warnings, raise_limits
 from forkd.system.socket_options import option_warnings, try_options
+from forkd.system.working_directory import change_directory
 
 log = logging.getLogger("forkd")
 

@@ -3,13 +3,15 @@
 In reading order:
 
 * `parser`: the grammar; each command names the function that runs it.
-* `target`: from TARGET and options to settings, or to the run directory of a running daemon.
+* `target`: from TARGET and options to the daemon that is meant, and its run directory.
+* `settings`: from TARGET and options to the settings of one that is to be started.
 * `control_client`: requests to a running master.
 * `locate`: finds the master that is meant.
 * `lifecycle`: run, start and restart.
 * `control`: stop, reload, upgrade, scale, drain and resume.
 * `once`: serve one client.
-* `status`: status and check.
+* `status`: the status.
+* `check`: check settings, addresses and handlers.
 * `daemons`: list all daemons.
 * `develop`: init a project, and run with reloads by changed files.
 * `doctor`: what is wrong on this machine, by `facts`.

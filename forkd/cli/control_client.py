@@ -25,7 +25,7 @@ from forkd import LONGEST_WAIT
 from forkd.errors import BootError, ForkdError, NotAllowed, NotRunning
 from forkd.messages import LARGEST_REPLY, ErrorReply, InvalidMessage, JsonObject, Request, decode_reply
 from forkd.system.channel import Channel, ChannelClosed, peer_uid
-from forkd.system.pidfile import RunDirectory
+from forkd.system.run_directory import RunDirectory
 
 #: Seconds within which a healthy master replies to a request that needs no work.
 REPLY_SECONDS = 10.0

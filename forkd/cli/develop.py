@@ -21,7 +21,8 @@ from types import FrameType
 from typing import Any
 
 from forkd import signals
-from forkd.cli.target import settings_of, source_of
+from forkd.cli.settings import settings_of
+from forkd.cli.target import source_of
 from forkd.errors import ForkdError, how_to_install, system_reason
 from forkd.system.process import signal_when_parent_dies
 

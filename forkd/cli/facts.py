@@ -30,8 +30,9 @@ from forkd.config.settings import Settings
 from forkd.errors import ForkdError, NotRunning
 from forkd.messages import StatusReply, StatusRequest
 from forkd.system.identity import look_up_identity
-from forkd.system.pidfile import log_target, run_directory
-from forkd.system.process import network_namespace_of
+from forkd.system.logs import log_target
+from forkd.system.proc import network_namespace_of
+from forkd.system.run_directory import run_directory
 
 _TMPFILES = ("/etc/tmpfiles.d", "/run/tmpfiles.d", "/usr/lib/tmpfiles.d")  # the first has precedence (tmpfiles.d(5))
 _LOGROTATE = ("/etc/logrotate.conf", "/etc/logrotate.d")

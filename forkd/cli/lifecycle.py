@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 
 from forkd.app.daemon import PredecessorResources, run_foreground, start_daemon
 from forkd.app.daemon import resume as resume_daemon
+from forkd.cli.check import check_all
 from forkd.cli.control import show_workers, stop_master
 from forkd.cli.control_client import MasterConnection
 from forkd.cli.locate import check_project, connect, find_own
-from forkd.cli.status import check_all
-from forkd.cli.target import WantedDaemon, read_target, settings_of, source_of, starting_daemon
+from forkd.cli.settings import read_target, settings_of, starting_daemon
+from forkd.cli.target import WantedDaemon, source_of
 from forkd.config.address import parse_address
 from forkd.config.listener import Listener
 from forkd.config.settings import Settings

@@ -25,7 +25,7 @@ from forkd.cli.control_client import MasterConnection, RunningMaster, is_listene
 from forkd.cli.target import WantedDaemon
 from forkd.errors import ForkdError, NotAllowed, NotRunning, OtherProject
 from forkd.messages import StatusReply, StatusRequest
-from forkd.system.pidfile import ROOT_DIRECTORY, RunDirectory, default_run_directory, is_put_by_root
+from forkd.system.run_directory import ROOT_DIRECTORY, RunDirectory, default_run_directory, is_put_by_root
 
 Status = Mapping[str, Any]
 T = TypeVar("T")

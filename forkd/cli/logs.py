@@ -23,8 +23,7 @@ from forkd.cli.target import wanted_daemon
 from forkd.config.loader import read_settings
 from forkd.errors import ForkdError, NotRunning, printable, system_reason
 from forkd.messages import StatusReply, StatusRequest
-from forkd.system.logs import default_log_file
-from forkd.system.pidfile import log_target
+from forkd.system.logs import default_log_file, log_target
 
 _BLOCK = 1 << 16  # bytes that are read at a time
 _PAUSE = 0.2  # seconds between two looks for more

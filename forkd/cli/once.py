@@ -9,7 +9,7 @@ import argparse
 import json
 
 from forkd.app.once import is_inherited, run_once, start_once
-from forkd.cli.target import settings_of
+from forkd.cli.settings import settings_of
 from forkd.config.settings import Settings
 from forkd.messages import OnceReady
 

@@ -330,7 +330,7 @@ _COMMANDS = {
         _add_start,
     ),
     "check": _Command(
-        "status:check",
+        "check:check",
         "check settings, addresses and handlers, and list all mistakes at once",
         _TARGET,
         _add_start,

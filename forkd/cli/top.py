@@ -29,7 +29,7 @@ from forkd.cli.target import WantedDaemon, wanted_daemon
 from forkd.errors import ForkdError, NotRunning, escaped, printable
 from forkd.messages import ClientsReply, ClientsRequest, KilledReply, KillRequest, ScaledReply, ScaleRequest
 from forkd.system.client_list import list_clients
-from forkd.system.pidfile import RunDirectory
+from forkd.system.run_directory import RunDirectory
 from forkd.system.scoreboard import REGION_SIZE
 
 WORKERS, CLIENTS = "workers", "clients"

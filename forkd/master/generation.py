@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from forkd.config.settings import Settings
 from forkd.errors import ForkdError, system_reason
 from forkd.master.certificates import Certificates
+from forkd.system.cgroups import processors
 from forkd.system.identity import Identity
 from forkd.system.listeners import BoundListener, update_listener
-from forkd.system.process import processors
 
 log = logging.getLogger("forkd.master")
 

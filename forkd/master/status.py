@@ -23,8 +23,7 @@ from forkd.master.workers import CAUSES, EXPECTED
 from forkd.messages import ClientsReply, shorten
 from forkd.states import MasterState, WorkerState
 from forkd.system.listeners import BoundListener
-from forkd.system.logs import log_lines_lost
-from forkd.system.pidfile import log_target
+from forkd.system.logs import log_lines_lost, log_target
 from forkd.system.scoreboard import COUNTERS, REGION_SIZE, Field, beat_seconds, counters_of
 from forkd.system.socket_stats import accept_queue_of, listen_counters, split_drops
 

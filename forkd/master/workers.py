@@ -50,9 +50,10 @@ from forkd.messages import (
     shorten,
 )
 from forkd.states import WorkerEvent, WorkerState, next_worker_state
+from forkd.system.cgroups import oom_kills
 from forkd.system.channel import ChannelClosed, MalformedInput
 from forkd.system.handler_metrics import SeriesTotals
-from forkd.system.process import dies_of, oom_kills
+from forkd.system.proc import dies_of
 from forkd.system.scoreboard import LISTENER_CELLS, ListenerField, counters_of, listener_counts
 
 log = logging.getLogger("forkd.master")

@@ -22,9 +22,9 @@ from forkd.serve.import_paths import assume_identity
 from forkd.serve.stream.tls import load_certificates
 from forkd.serve.worker import COULD_NOT_BOOT, WorkerContext, WorkerProcess
 from forkd.system.logs import log_descriptors, separate_log, set_role, start_logging
-from forkd.system.pidfile import enter_directory
 from forkd.system.privileges import load_late_modules
 from forkd.system.process import close_all_but, dump_stacks_on, set_title, signal_when_parent_dies
+from forkd.system.working_directory import enter_directory
 
 
 def prepare_boots() -> None:

@@ -61,7 +61,8 @@ from forkd.system.channel import Channel, ChannelClosed
 from forkd.system.identity import Identity
 from forkd.system.listeners import BoundListener
 from forkd.system.logs import attach_log, detach_log, replace_log, write_log
-from forkd.system.process import finish_interpreter, resident_memory, set_title
+from forkd.system.proc import resident_memory
+from forkd.system.process import finish_interpreter, set_title
 from forkd.system.scoreboard import AcceptTimes, ClientAddresses, Field, Row, Scoreboard, beat_seconds
 from forkd.system.shared_counters import SharedCounters
 from forkd.system.tls_files import Contents, unpack

@@ -10,7 +10,10 @@ In reading order:
   counts for limits, without a lock; `handler_metrics` has what handlers count.
 * Users and limits: `identity` looks them up, `privileges` drops them by `capabilities`, `rlimits` are resource limits;
   `safe_paths` are those that no other user can lead elsewhere; `tls_files` are read for those who may not.
-* The process: `logs`, `log_writer` (held up by no reader), `process` (title, memory, processors, network namespace,
-  out-of-memory kills, the C library), `pidfile` (the lock, and where files are), `channel` (messages over a socket).
+* The process: `process` (title, signals, stacks, end), `proc` (memory, signals, network namespace; also of others),
+  `cgroups` (share of the processors, out-of-memory kills), `libc` (what Python has no name for).
+* Logs and messages: `logs`, `log_writer` (held up by no reader), `channel` (messages over a socket).
+* Files: `pidfile` is the lock, `run_directory` where it lies, `private_directory` makes or checks that directory, and
+  `working_directory` is the one to work in.
 * systemd: `notify` sends notifications, `fdstore` keeps listeners in its file descriptor store.
 """

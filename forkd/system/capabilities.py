@@ -11,7 +11,7 @@ import os
 import sys
 from enum import IntEnum
 
-from forkd.system.process import c_function, prctl
+from forkd.system.libc import c_function, prctl
 
 _LINUX = sys.platform == "linux"
 

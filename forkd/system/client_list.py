@@ -20,7 +20,7 @@ from typing import Any
 
 from forkd.errors import ForkdError
 from forkd.messages import ClientsReply, JsonObject
-from forkd.system.process import network_namespace_of
+from forkd.system.proc import network_namespace_of
 from forkd.system.scoreboard import read_accept_times, read_client_addresses
 from forkd.system.socket_stats import (
     CLOSE_WAIT,

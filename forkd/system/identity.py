@@ -15,11 +15,13 @@ import os
 import pwd
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from forkd.config.settings import Settings
 from forkd.errors import ForkdError
 from forkd.system.capabilities import Capability, has_capability
+
+if TYPE_CHECKING:
+    from forkd.config.settings import Settings
 
 #: The largest id of a user or group: (uid_t) -1 means "leave it" (setresuid(2), chown(2)).
 LARGEST_ID = 0xFFFFFFFE

@@ -28,12 +28,16 @@ from functools import lru_cache
 from math import inf
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from forkd.config.values import JOURNAL, is_open_file
 from forkd.errors import ForkdError, escaped
 from forkd.system.identity import Identity
 from forkd.system.log_writer import PATIENCE, LogWriter, Loop, UnwrittenLog
 from forkd.system.safe_paths import UnsafePath, open_file
+
+if TYPE_CHECKING:
+    from forkd.config.settings import Settings
 
 #: The logger of the access log, which has a setting of its own; the level is for all others.
 ACCESS_LOGGER = "forkd.access"
@@ -378,6 +382,11 @@ def detach_log() -> None:
     if LogContext.bursts is not None:
         LogContext.bursts.tell()
     LogContext.writer.detach()
+
+
+def log_target(settings: Settings, *, detached: bool) -> Path | str | None:
+    """Where the daemon logs: a file, the journal, or None for the standard error that it was started with."""
+    return settings.log.to or (default_log_file(settings.name) if detached else None)
 
 
 def default_log_file(name: str) -> Path:

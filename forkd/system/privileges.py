@@ -24,7 +24,7 @@ from forkd.system.capabilities import (
     has_capability,
 )
 from forkd.system.identity import Identity
-from forkd.system.process import prctl
+from forkd.system.libc import prctl
 from forkd.system.rlimits import set_limits
 from forkd.system.unix_paths import current_umask
 

@@ -18,10 +18,13 @@ import pwd
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from forkd.config.settings import Settings
 from forkd.errors import ForkdError
 from forkd.system.identity import Identity, Mistake
+
+if TYPE_CHECKING:
+    from forkd.config.settings import Settings
 
 #: Groups up to this number are the system's (login.defs(5)). To let one of them write, as Ubuntu lets syslog write to
 #: /var/log, is taken for the administrator's decision; unless workers have it.

@@ -22,7 +22,7 @@ from array import array
 from enum import IntEnum, auto
 from time import monotonic_ns
 
-from forkd.system.process import c_function
+from forkd.system.libc import c_function
 
 #: Bytes of a worker's region: its accept times, its shared counters, its clients' addresses, its handlers' metrics.
 ACCEPT_TIMES_SIZE = COUNTERS_SIZE = METRICS_SIZE = 1 << 19

@@ -19,7 +19,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from forkd.system.pidfile import default_run_directory
+from forkd.system.run_directory import default_run_directory
 from tests.support.clients import at_end, echoes
 from tests.support.daemon import Harness, forkd
 from tests.support.processes import DEADLINE, eventually, title, wait_end

@@ -20,7 +20,7 @@ from forkd.cli.clients import COLUMNS, _sorted
 from forkd.errors import ForkdError
 from forkd.messages import ClientsReply
 from forkd.system.client_list import list_clients
-from forkd.system.process import network_namespace_of
+from forkd.system.proc import network_namespace_of
 from tests.support.changing_daemon import Changing, listener
 from tests.support.clients import at_end, dial, echoes, endpoint
 from tests.support.daemon import Daemon, Harness

@@ -16,7 +16,8 @@ import pytest
 from forkd import __version__
 from forkd.cli import main
 from forkd.cli.parser import make_parser, parse
-from forkd.cli.target import read_target, run_directory_of, settings_of
+from forkd.cli.settings import read_target, settings_of
+from forkd.cli.target import run_directory_of
 from forkd.compiled import describe
 from forkd.config import values
 from forkd.errors import ConfigError, UsageError

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from forkd.system.process import memory_of
+from forkd.system.proc import memory_of
 from forkd.system.socket_stats import ListenCounters, split_drops
 from tests.support.changing_daemon import Changing
 from tests.support.clients import echoes, endpoint

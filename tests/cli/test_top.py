@@ -20,7 +20,7 @@ import pytest
 
 from forkd.cli.top import CLIENTS, WORKERS, Line, Snapshot, View, picture, press, rows_of, take_snapshot
 from forkd.errors import ForkdError
-from forkd.system.pidfile import RunDirectory
+from forkd.system.run_directory import RunDirectory
 from tests.support.clients import at_end, echoes
 from tests.support.daemon import Daemon, Harness
 from tests.support.processes import eventually

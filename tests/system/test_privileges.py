@@ -15,7 +15,7 @@ import pytest
 from forkd.config.address import parse_address
 from forkd.config.listener import Listener
 from forkd.config.settings import Rlimits, Settings
-from forkd.system import privileges, process
+from forkd.system import libc, privileges
 from forkd.system.capabilities import Capability
 from forkd.system.identity import find_identity
 from forkd.system.privileges import drop_privileges
@@ -129,7 +129,7 @@ def test_the_umask_is_the_workers_own() -> None:
 @pytest.mark.usefixtures("_root")
 def test_worker_dumps_core_only_where_that_is_set() -> None:
     def dumpable() -> int:
-        return process.prctl(3)  # PR_GET_DUMPABLE
+        return libc.prctl(3)  # PR_GET_DUMPABLE
 
     assert dropped(dumpable, user=str(NOBODY), group="1") in (0, 2)
     assert dropped(dumpable, user=str(NOBODY), group="1", rlimits=Rlimits(core=1 << 20)) == 1
@@ -202,7 +202,7 @@ def test_a_way_back_to_root_is_noticed(monkeypatch: pytest.MonkeyPatch, kept: st
     really = os.setresuid
     if kept == "capset is skipped":
         monkeypatch.setattr(privileges, "drop_capabilities", lambda: None)
-        monkeypatch.setattr(os, "setresuid", lambda *ids: (process.prctl(8, 1), really(*ids)))  # PR_SET_KEEPCAPS
+        monkeypatch.setattr(os, "setresuid", lambda *ids: (libc.prctl(8, 1), really(*ids)))  # PR_SET_KEEPCAPS
         said = "it has capabilities: CapPrm"
     else:
         monkeypatch.setattr(os, "setresuid", lambda real, effective, saved: really(real, effective, 0))

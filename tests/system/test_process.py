@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from forkd import signals
-from forkd.system.process import resident_memory
+from forkd.system.proc import resident_memory
 from tests.support.processes import DEADLINE
 
 STUCK = """

@@ -24,7 +24,7 @@ from forkd.master.status import heartbeat_age, is_leaving, listener_status, show
 from forkd.master.workers import CAUSES, EXPECTED
 from forkd.states import WorkerState
 from forkd.system.logs import log_lines_lost
-from forkd.system.process import memory_of
+from forkd.system.proc import memory_of
 from forkd.system.scoreboard import COUNTERS, DURATION_BOUNDS, SIZE_BOUNDS, Field, ListenerField
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"

@@ -36,7 +36,7 @@ from forkd.serve.loop import IN, OUT, PollLoop
 from forkd.serve.stream.handed_over import HandedOver, HandOverServer
 from forkd.serve.stream.tls import NOT_YET, BufferedTlsSession, TlsSession
 from forkd.serve.stream.transport import ServerContext
-from forkd.system.process import c_function
+from forkd.system.libc import c_function
 
 log = logging.getLogger("forkd.program")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forkd.system import process
-from forkd.system.process import cpu_quota, group_directories, parse_quota, processors
+from forkd.system import cgroups
+from forkd.system.cgroups import cpu_quota, group_directories, parse_quota, processors
 from tests.support.daemon import Harness
 from tests.support.needs import control_group, lacks
 
@@ -79,7 +79,7 @@ def test_quota_is_the_least_of_all_groups(tmp_path: Path, monkeypatch: pytest.Mo
     inner.mkdir(parents=True)
     (tmp_path / "cgroup").write_text("0::/outer/inner\n")
     (tmp_path / "mountinfo").write_text(f"30 23 0:26 / {tmp_path}/groups rw - cgroup2 cgroup2 rw\n")
-    monkeypatch.setattr(process, "_PROC", tmp_path)
+    monkeypatch.setattr(cgroups, "_PROC", tmp_path)
     assert cpu_quota() is None  # as in the topmost group
     for text, quota, count in (("max 100000", None, 64), ("250000 100000", 2.5, 3), ("6400000 100000", 3.0, 3)):
         (inner / "cpu.max").write_text(text)

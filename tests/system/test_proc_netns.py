@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from forkd.errors import ForkdError
-from forkd.system.process import network_namespace_of
+from forkd.system.proc import network_namespace_of
 from tests.support.forked import exit_code, start_child
 from tests.support.needs import needs_program, needs_root
 from tests.support.processes import eventually, title

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from forkd.system.process import c_function
+from forkd.system.libc import c_function
 
 
 def test_c_function_is_looked_up_once_for_the_same_types() -> None:

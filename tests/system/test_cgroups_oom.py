@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from forkd.system import process
-from forkd.system.process import oom_kills
+from forkd.system import cgroups
+from forkd.system.cgroups import oom_kills
 
 V2 = "low 0\nhigh 3\nmax 40\noom 5\noom_kill {}\noom_group_kill 0\n"
 V1 = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
@@ -33,8 +33,8 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    monkeypatch.setattr(process, "CGROUP_ROOT", tmp_path / "sys")
-    monkeypatch.setattr(process, "PROC_CGROUP", tmp_path / "groups")
+    monkeypatch.setattr(cgroups, "CGROUP_ROOT", tmp_path / "sys")
+    monkeypatch.setattr(cgroups, "PROC_CGROUP", tmp_path / "groups")
     return Machine(tmp_path)
 
 
