@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # C0 and C1 controls, the separators that some viewers take for ends of lines, marks that reverse the order of what is
 # shown, and surrogates, which no stream takes.
@@ -111,8 +111,7 @@ class StoppedAtStart(KeyboardInterrupt):
     """A signal has asked for a stop before the master's loop ran. It passes where an interrupt of the terminal does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One mistake in the settings.
 
     Attributes:

@@ -6,9 +6,9 @@ sends to its workers, and what workers ignore.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from signal import Signals
+from typing import NamedTuple
 
 
 class Command(Enum):
@@ -24,8 +24,7 @@ class Command(Enum):
     REOPEN = "reopen"
 
 
-@dataclass(frozen=True, slots=True)
-class SignalEntry:
+class SignalEntry(NamedTuple):
     """One signal: its number, what it asks for, and the sentence for the manual."""
 
     signal: Signals

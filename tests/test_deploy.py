@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from forkd.config.values import parse_duration
+from forkd.config.units import parse_duration
 from forkd.master.admin.metrics import FAMILIES, HISTOGRAM
 from tests.support.admin import ask
 from tests.support.clients import dial, echoes

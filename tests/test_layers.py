@@ -186,11 +186,20 @@ def test_command_about_a_running_daemon_loads_no_settings(module: str) -> None:
     """A command is a process of its own, and most of its time goes into imports."""
     found = loaded(f"import forkd.cli.{module}")
     assert f"forkd.cli.{module}" in found
-    heavy = {"asyncio", "ssl", "yaml", "hashlib", "logging", "setproctitle", "difflib", "unicodedata"}
+    heavy = {"asyncio", "ssl", "yaml", "hashlib", "logging", "setproctitle", "difflib", "unicodedata", "dataclasses"}
     assert found & heavy == set()
     own = {one for one in found if one.startswith("forkd.")}
     assert [one for one in own if one.startswith(("forkd.master", "forkd.serve", "forkd.app"))] == []
-    assert {one for one in own if one.startswith("forkd.config.")} <= {"forkd.config.address", "forkd.config.values"}
+    read = {f"forkd.config.{name}" for name in ("address", "units", "values")}
+    assert {one for one in own if one.startswith("forkd.config.")} <= read
+
+
+def test_call_loads_the_client_and_nothing_of_a_daemon() -> None:
+    found = loaded("import forkd.cli.call")
+    assert {one for one in found if one.startswith("forkd.") and part(one) not in ("cli", "signals", "errors")} == {
+        "forkd.client", "forkd.client.blocking", "forkd.config", "forkd.config.address", "forkd.config.units",
+    }  # fmt: skip
+    assert found & {"asyncio", "ssl", "json", "pathlib", "dataclasses"} == set()
 
 
 def test_command_that_is_given_a_file_reads_its_settings_only() -> None:

@@ -96,7 +96,7 @@ def resolve_statsd(settings: Settings) -> Settings:
         found = socket.getaddrinfo(settings.statsd.host, settings.statsd.port, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError) as error:
         raise ForkdError(f"statsd: {settings.statsd.host} can't be found: {system_reason(error)}") from None
-    return replace(settings, statsd=replace(settings.statsd, host=str(found[0][4][0])))
+    return replace(settings, statsd=settings.statsd._replace(host=str(found[0][4][0])))
 
 
 def _choose_listeners(settings: Settings, present: Generation, channel: Channel) -> None:

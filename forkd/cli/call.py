@@ -15,7 +15,6 @@ import select
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
 from typing import Any, NoReturn
@@ -23,7 +22,7 @@ from typing import Any, NoReturn
 from forkd import LONGEST_WAIT
 from forkd.client import connect
 from forkd.config.address import Address, parse_address
-from forkd.config.values import parse_duration, parse_escaped, unescape
+from forkd.config.units import parse_duration, parse_escaped, unescape
 from forkd.errors import ForkdError, UsageError
 
 TRY_TIMEOUT = 1.0  # seconds of a try, where the command line says nothing else
@@ -177,23 +176,23 @@ class CallFailed(Exception):
     """There is no answer; the message is the reason, for the user."""
 
 
-@dataclass(slots=True)
 class Attempts:
     """How often and how long a call may try, and how often it has.
 
-    Attributes:
+    Args:
         retries: tries beyond the first.
         timeout: seconds that a try takes at most; over a stream, seconds without a byte in either direction.
         end: the deadline of the whole call, on the monotonic clock.
+
+    Attributes:
         made: tries up to now.
         began: when the call began.
     """
 
-    retries: int
-    timeout: float
-    end: float
-    made: int = 0
-    began: float = field(default_factory=monotonic)
+    def __init__(self, retries: int, timeout: float, end: float) -> None:
+        self.retries, self.timeout, self.end = retries, timeout, end
+        self.made = 0
+        self.began = monotonic()
 
     def begin(self) -> float:
         """Counts another try, and returns its deadline."""

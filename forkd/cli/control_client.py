@@ -16,10 +16,9 @@ import stat
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from forkd import LONGEST_WAIT
 from forkd.errors import BootError, ForkdError, NotAllowed, NotRunning
@@ -202,8 +201,7 @@ def is_listened_at(path: Path) -> bool:
 # Which masters run
 
 
-@dataclass(frozen=True, slots=True)
-class RunningMaster:
+class RunningMaster(NamedTuple):
     """A process that says, by its title, that it is a master.
 
     Attributes:

@@ -17,8 +17,8 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from forkd.cli.control_client import MasterConnection, RunningMaster, is_listened_at, running_masters
@@ -43,8 +43,7 @@ _LIST_SECONDS = 2.0
 _MOST_ASKED = 64
 
 
-@dataclass(frozen=True, slots=True)
-class SeenDaemon:
+class SeenDaemon(NamedTuple):
     """A daemon that runs on this machine.
 
     Attributes:
@@ -57,7 +56,7 @@ class SeenDaemon:
 
     master: RunningMaster
     run: RunDirectory | None = None
-    status: Status = field(default_factory=dict)
+    status: Status = MappingProxyType({})
     is_denied: bool = False
     error: str = ""
 

@@ -3,6 +3,7 @@
 In reading order:
 
 * `address`: addresses as users write them.
+* `units`: quantities with their units, and text with escapes.
 * `values`: the kinds of values, each with its parser.
 * `fields`: how settings are declared.
 * `listener` and `settings`: the declarations of all settings.

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FORMS = (
     "tcp://HOST:PORT or udp://HOST:PORT (an IPv6 host in brackets), unix:/path or unix:@name, the same after "
@@ -31,8 +30,7 @@ _INTERNET_SCHEMES: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp
 _UNIX_SCHEMES: dict[str, Literal["unix", "unix-dgram"]] = {"unix": "unix", "unix-dgram": "unix-dgram"}
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """Where a listener listens.
 
     Attributes:

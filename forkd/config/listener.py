@@ -16,7 +16,8 @@ from forkd.config.address import Address
 from forkd.config.fields import ListOf, MappingOf, default_of, option, section
 
 if TYPE_CHECKING:
-    from forkd.config.values import Network, Rate
+    from forkd.config.units import Rate
+    from forkd.config.values import Network
 
 _INT_MAX = (1 << 31) - 1  # of what setsockopt(2) takes
 _LONGEST_KEEPALIVE = 32767.0  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL of net/tcp.h

@@ -171,7 +171,7 @@ def read_graph(root: yaml.Node, result: LoadResult, base: dict[str, Any]) -> Non
     _check_listeners(values.get("listen", ()), result)
     result.listeners = [index for index, item in enumerate(values.get("listen", ())) if item is not _INVALID]
     for key, value in values.items():
-        if isinstance(value, tuple):
+        if type(value) is tuple:
             values[key] = tuple(item for item in value if item is not _INVALID)
     result.settings = Settings(**{"listen": (), **values})
     for keys, message in disagreements(result.settings):

@@ -12,11 +12,10 @@ import os
 import socket
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 from forkd.errors import ForkdError
 from forkd.messages import ClientsReply, JsonObject
@@ -74,8 +73,7 @@ def list_clients(name: str, reply: ClientsReply, regions: int) -> list[Client]:
         return [*_tcp_clients(reply.listeners, owners, now), *_unix_clients(reply.listeners, owners, now)]
 
 
-@dataclass(frozen=True, slots=True)
-class SocketOwner:
+class SocketOwner(NamedTuple):
     """The worker that has a socket.
 
     Attributes:

@@ -10,7 +10,8 @@ import resource
 from pathlib import Path
 
 from forkd.config.settings import Rlimits, Settings
-from forkd.config.values import UNLIMITED, show_size
+from forkd.config.units import show_size
+from forkd.config.values import UNLIMITED
 from forkd.errors import system_reason
 from forkd.system.capabilities import Capability, has_capability
 

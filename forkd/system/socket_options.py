@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from forkd.config.listener import Listener
 from forkd.config.settings import Settings
-from forkd.config.values import show_duration, show_size
+from forkd.config.units import show_duration, show_size
 from forkd.errors import ForkdError
 
 # asm-generic/socket.h; Python has no names for them.

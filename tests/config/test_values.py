@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forkd import MOST_WORKERS
-from forkd.config import values
-from forkd.config.values import Rate, ScalarKind
+from forkd.config import units, values
+from forkd.config.units import Rate
+from forkd.config.values import ScalarKind
 
 DIGITS = st.integers(0, 10**6).map(str)
 NUMBERS = st.one_of(DIGITS, st.tuples(DIGITS, st.integers(0, 999).map(lambda n: f"{n:03}")).map(".".join))
@@ -99,13 +100,13 @@ def test_infinite_value_is_refused(kind: ScalarKind[Any], text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0.01ms", "0.0000001s", "0.00001ms"])
 def test_shortest_duration_is_shown_so_that_it_is_read_again(text: str) -> None:
-    seconds = values.parse_duration(text)
-    assert values.parse_duration(values.show_duration(seconds)) == seconds
+    seconds = units.parse_duration(text)
+    assert units.parse_duration(units.show_duration(seconds)) == seconds
 
 
 @given(fraction=st.floats(0, 1))
 def test_a_fraction_is_exact_as_a_percentage(fraction: float) -> None:
-    assert values.parse_percent(values.show_percent(fraction)) == fraction
+    assert units.parse_percent(units.show_percent(fraction)) == fraction
 
 
 @pytest.mark.parametrize("text", [".", "x", "~", "~/x"])
@@ -131,7 +132,7 @@ def test_relative_path_needs_a_current_directory(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("size", [2**53 + 1, 2**62 + 1])
 def test_a_size_is_exact_to_the_byte(size: int) -> None:
-    assert values.parse_size(f"{size}B") == size
+    assert units.parse_size(f"{size}B") == size
 
 
 @pytest.mark.parametrize(
@@ -183,26 +184,26 @@ def test_a_text_means_its_value(kind: ScalarKind[Any], text: str, value: object)
 @pytest.mark.parametrize(
     ("show", "value", "text"),
     [
-        (values.show_duration, 0, "0s"),
-        (values.show_duration, 86400.0, "1d"),
-        (values.show_duration, 5400.0, "90m"),
-        (values.show_duration, 0.25, "250ms"),
-        (lambda text: values.show_duration(values.parse_duration(text)), "9ms", "9ms"),
-        (lambda text: values.show_duration(values.parse_duration(text)), "1.013s", "1013ms"),
-        (values.show_size, 0, "0B"),
-        (values.show_size, 1000, "1000B"),
-        (values.show_size, 64 << 20, "64MiB"),
-        (values.show_rate, Rate(90, 60), "90/m"),
-        (values.show_rate, Rate(20, 1), "20/s"),
+        (units.show_duration, 0, "0s"),
+        (units.show_duration, 86400.0, "1d"),
+        (units.show_duration, 5400.0, "90m"),
+        (units.show_duration, 0.25, "250ms"),
+        (lambda text: units.show_duration(units.parse_duration(text)), "9ms", "9ms"),
+        (lambda text: units.show_duration(units.parse_duration(text)), "1.013s", "1013ms"),
+        (units.show_size, 0, "0B"),
+        (units.show_size, 1000, "1000B"),
+        (units.show_size, 64 << 20, "64MiB"),
+        (units.show_rate, Rate(90, 60), "90/m"),
+        (units.show_rate, Rate(20, 1), "20/s"),
         (values.DEADLINE.show, 0.0, "off"),
         (values.DEADLINE.show, 90.0, "90s"),
         (values.FAILURES.show, 0, "off"),
         (values.FAILURES.show, 20, "20"),
-        (values.show_percent, 0, "0%"),
-        (values.show_percent, 0.1, "10%"),
-        (values.show_percent, 0.07, "7%"),
-        (values.show_percent, 0.125, "12.5%"),
-        (values.show_percent, 1.0, "100%"),
+        (units.show_percent, 0, "0%"),
+        (units.show_percent, 0.1, "10%"),
+        (units.show_percent, 0.07, "7%"),
+        (units.show_percent, 0.125, "12.5%"),
+        (units.show_percent, 1.0, "100%"),
         (values.MODE.show, 0o60, "0060"),
         (values.WORKERS.show, None, "auto"),
     ],

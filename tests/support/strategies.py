@@ -17,7 +17,8 @@ from forkd.config.fields import Kind, ListOf, MappingOf, make_section, options
 from forkd.config.listener import Listener, Tls
 from forkd.config.loader import disagreements
 from forkd.config.settings import Admin, Settings
-from forkd.config.values import JOURNAL, UNLIMITED, Rate, ScalarKind
+from forkd.config.units import Rate
+from forkd.config.values import JOURNAL, UNLIMITED, ScalarKind
 
 ODD = [
     "[x]",
@@ -55,7 +56,7 @@ HOSTS = st.one_of(
 )
 PORTS = st.one_of(st.just(0), st.integers(0, 65535))
 TCP = st.builds(lambda host, port: Address("tcp", host=host, port=port), HOSTS, PORTS)
-UDP = TCP.map(lambda address: replace(address, scheme="udp"))
+UDP = TCP.map(lambda address: address._replace(scheme="udp"))
 ADDRESSES = st.one_of(
     TCP,
     UDP,

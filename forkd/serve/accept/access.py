@@ -20,7 +20,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from forkd.config.listener import Listener
-from forkd.config.values import unescape
+from forkd.config.units import unescape
 from forkd.serve.lingering import Lingering
 from forkd.serve.loop import PollLoop
 from forkd.system.scoreboard import Field, Row
@@ -159,7 +159,7 @@ class AccessPolicy:
         self._key_of = keyed_hash(counters.secret, address)
         self._rate: Callable[[bytes], bool] | None = None
         if (rate := listener.limits.rate_per_ip) is not None:
-            self._rate = partial(self._claim, counters.rates.claim, rate.count, rate.seconds)
+            self._rate = partial(self._claim, counters.rates.claim, rate.events, rate.seconds)
 
     def is_within_rate(self, peer: Any) -> bool:
         """Counts a client that comes from there, unless too many came of late; whether it did."""

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from forkd.config.address import parse_address
 from forkd.config.listener import ConnectionLimits, Listener
-from forkd.config.values import Rate, parse_escaped, parse_network, unescape
+from forkd.config.units import Rate, parse_escaped, unescape
+from forkd.config.values import parse_network
 from forkd.serve.accept.access import DENIED, RATE, AccessPolicy, Networks, client_network, keyed_hash, packed
 from forkd.system.scoreboard import Scoreboard
 from forkd.system.shared_counters import SharedCounters
