@@ -202,6 +202,20 @@ def test_call_loads_the_client_and_nothing_of_a_daemon() -> None:
     assert found & {"asyncio", "ssl", "json", "pathlib", "dataclasses"} == set()
 
 
+def test_interpreter_ends_without_a_search_through_what_was_imported() -> None:
+    """It is a fifth of what a command takes."""
+    program = """
+    import atexit, contextlib, gc
+    atexit.register(lambda: print(gc.get_freeze_count() > 1000))  # the first that is registered is the last that runs
+    from forkd.cli import main
+    with contextlib.suppress(SystemExit):
+        main(["--version"])
+    """
+    command = [sys.executable, "-c", dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "True"
+
+
 def test_command_that_is_given_a_file_reads_its_settings_only() -> None:
     program = """
     import argparse

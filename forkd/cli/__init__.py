@@ -25,6 +25,8 @@ In reading order:
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import select
 import signal
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status (sysexits.h: 64 for a wrong command line, 78 for wrong settings).
     """
     _open_standard_descriptors()  # before anything else is opened
+    atexit.register(gc.freeze)  # else the interpreter's end looks for garbage in all that was imported
     words = sys.argv[1:] if arguments is None else arguments
     if (os.getpid() == 1 or words[:1] == ["run"]) and RESUME not in os.environ:
         _catch_signals()
