@@ -62,7 +62,8 @@ sanitize: $(VENV)/test
 	cd $(SANITIZED) && LD_PRELOAD=$$($${CC:-cc} -print-file-name=libasan.so) PYTHONMALLOC=malloc PYTHONPATH=$$PWD \
 	LSAN_OPTIONS=print_suppressions=0:suppressions=$$PWD/tests/support/leaks_of_others.txt \
 	$(abspath $(BIN))/python -m pytest -n0 --capture=sys -k "not pure and not asyncio" tests/serve/test_fast.py \
-	tests/serve/test_loop_rounds.py tests/serve/stream/test_transport*.py tests/serve/datagram/test_transport.py $(ARGS)
+	tests/serve/test_loop_rounds.py tests/serve/stream/test_transport*.py tests/serve/datagram/test_transport.py \
+	tests/serve/accept/test_acceptor.py tests/serve/accept/test_limits.py tests/system/test_shared_counters.py $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

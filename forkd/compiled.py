@@ -22,7 +22,7 @@ from forkd import __version__
 
 #: The extension modules, each beside its twin. On import they load nothing of forkd, nor asyncio: the command line and
 #: the master import them too.
-EXTENSIONS = ("forkd.serve._fast", "forkd.serve.datagram._fast")
+EXTENSIONS = ("forkd.serve._fast", "forkd.serve.datagram._fast", "forkd.system._fast")
 
 #: The environment variable that chooses Python's twin, if it is set to anything but 0.
 PURE = "FORKD_PURE"

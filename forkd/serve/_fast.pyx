@@ -64,7 +64,7 @@ cdef extern from * nogil:
     enum: EPOLLIN, EPOLLOUT, EPOLLET, EPOLLEXCLUSIVE, EPOLL_CTL_ADD, EPOLL_CTL_DEL
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
-    enum: MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_NONBLOCK, SOCK_CLOEXEC, AF_INET, AF_INET6
+    enum: MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, AF_INET, AF_INET6
     ctypedef struct sockaddr:
         unsigned short sa_family
     ctypedef struct sockaddr_in:
@@ -636,7 +636,7 @@ cdef class Socket:
 
     cdef int _fd, _proto
     cdef forkd_address _address
-    cdef object _real
+    cdef object _kind, _real, _release
     cdef object owner
 
     def __call__(self):
@@ -652,14 +652,14 @@ cdef class Socket:
     def real(self):
         """The socket, which owns the descriptor from now on."""
         if self._real is None:
-            import socket
-
-            real = socket.socket(self._address.any.sa_family, socket.SOCK_STREAM, self._proto, None if self._fd < 0 else self._fd)
+            real = self._kind(self._address.any.sa_family, SOCK_STREAM, self._proto, None if self._fd < 0 else self._fd)
             if self._fd < 0:
                 real.close()
             else:
                 real.setblocking(False)
-            self._real, self._fd = real, -1
+                if self._release is not None:
+                    real.on_close(self._release)
+            self._real, self._fd, self._release = real, -1, None
         return self._real
 
     def __getattr__(self, name):
@@ -693,6 +693,9 @@ cdef class Socket:
         elif self._fd >= 0:
             fd, self._fd = self._fd, -1
             close(fd)
+            if self._release is not None:
+                release, self._release = self._release, None
+                release()
 
     def __dealloc__(self):
         if self._fd >= 0:
@@ -700,21 +703,24 @@ cdef class Socket:
 
 
 cdef class Accept:
-    """What serves a listener that clients come by without limits: it accepts one, as `Acceptor.ready`.
+    """What serves a listener that clients come by themselves: it accepts one, as `Acceptor.ready`.
 
     Args:
         acceptor: whose listener it is.
         fd, proto: the listener's.
         server: what serves the clients.
         accepted: told of each before it is served.
+        kind: the class of a socket that is more than a descriptor.
+        admit: takes each, as `ConnectionLimiter.admit`; None where there are no limits.
     """
 
-    cdef object _acceptor, _accepted
+    cdef object _acceptor, _accepted, _kind, _admit
     cdef Server _server
     cdef int _fd, _proto
 
-    def __init__(self, acceptor, int fd, int proto, Server server not None, accepted):
+    def __init__(self, acceptor, int fd, int proto, Server server not None, accepted, kind, admit=None):
         self._acceptor, self._server, self._accepted, self._fd, self._proto = acceptor, server, accepted, fd, proto
+        self._kind, self._admit = kind, admit
 
     def __call__(self, mask):
         cdef Socket sock
@@ -722,9 +728,16 @@ cdef class Accept:
         if not self._acceptor.queued:
             return
         sock = Socket.__new__(Socket)
-        sock._proto = self._proto
+        sock._proto, sock._kind = self._proto, self._kind
         sock._fd = accept4(self._fd, &sock._address.any, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if sock._fd >= 0:
+            if self._admit is not None:
+                peer = sock.peername()
+                reason, release = self._admit(peer)
+                if reason:
+                    self._acceptor.refuse(sock.real(), peer, reason)
+                    return
+                sock._release = release
             self._accepted(self._acceptor)
             self._server._serve(sock)
         elif errno != EAGAIN and errno != EINTR:

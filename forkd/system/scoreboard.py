@@ -249,6 +249,11 @@ class Scoreboard:
             self.descriptor = -1
 
     @property
+    def used_cell(self) -> memoryview:
+        """Where the number is that `used` makes sure of, in 8 bytes."""
+        return self._header[:1]
+
+    @property
     def used(self) -> int:
         """How many rows, from the first on, have ever been handed out: those that are worth reading."""
         return min(max(0, self._header[0]), self.capacity)

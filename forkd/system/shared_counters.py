@@ -19,9 +19,14 @@ from __future__ import annotations
 import os
 from _thread import allocate_lock
 from collections.abc import Callable
+from functools import cache
 from time import monotonic_ns
+from typing import Any
 
+from forkd.compiled import extension
 from forkd.system.scoreboard import ACCEPT_TIMES_SIZE, COUNTERS_SIZE, Scoreboard
+
+FAST = extension("forkd.system._fast")
 
 #: How often a claim tries again that found too many, but room when it had taken its own back.
 _TRIES = 8
@@ -56,9 +61,10 @@ class SharedCounters:
     """
 
     def __init__(self, board: Scoreboard, row: int) -> None:
-        self.by_listener = CurrentCounts(board, row, _BY_LISTENER, _BY_ADDRESS)
-        self.by_address = CurrentCounts(board, row, _BY_ADDRESS, _RATES)
-        self.rates = RateCounts(board, row, _RATES, _END)
+        current, rates = twins(FAST)
+        self.by_listener = current(board, row, _BY_LISTENER, _BY_ADDRESS)
+        self.by_address = current(board, row, _BY_ADDRESS, _RATES)
+        self.rates = rates(board, row, _RATES, _END)
         self.secret = board.secret
 
 
@@ -179,6 +185,28 @@ class RateCounts:
 
     def _is_free(self, at: int) -> bool:
         return self._until.get(at, 0) <= monotonic_ns()
+
+
+@cache
+def twins(fast: Any) -> tuple[type[CurrentCounts], type[RateCounts]]:
+    """The classes that count.
+
+    Args:
+        fast: the extension `system._fast`; None: those in Python.
+    """
+    if fast is None:
+        return CurrentCounts, RateCounts
+
+    class CompiledRateCounts(fast.RateCounts, RateCounts):  # type: ignore[misc]  # its module has no types
+        def __init__(self, *table: Any) -> None:
+            fast.RateCounts.__init__(self, *table)
+            self._overflow = {}
+
+        def claim(self, key: int, limit: int, seconds: int) -> bool:
+            found: bool | None = self.count(key, limit, seconds * 10**9, monotonic_ns)
+            return self._claim_without_room(limit, seconds, monotonic_ns()) if found is None else found
+
+    return fast.CurrentCounts, CompiledRateCounts
 
 
 class _KeyTable:

@@ -18,10 +18,11 @@ from forkd.serve.accept.acceptor import Acceptor, ConnectionStats
 from forkd.serve.accept.balance import SLACK, Balance
 from forkd.serve.deadlines import Deadlines
 from forkd.serve.loop import PollLoop
-from forkd.serve.stream.server import ProtocolFactory, ProtocolServer
+from forkd.serve.stream.server import ProtocolFactory, ProtocolServer, compiled_server
 from forkd.serve.stream.transport import ServerContext, StreamTransport
 from forkd.system.scoreboard import Field, Row, Scoreboard
 from tests.support.processes import DEADLINE
+from tests.support.transport_contract import FAST, twin
 
 FAR = 3600 * 10**9  # nanoseconds
 
@@ -48,15 +49,16 @@ class Failing(socket.socket):
 
 
 class AcceptFixture:
-    """A worker's accepting half on a loop of its own, and clients that use the same loop.
+    """A worker's accepting half on a loop of its own, of either twin, and clients that use the same loop.
 
     Attributes:
         closed: how many connections were active at each end of one that the counters told of.
     """
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, compiled: bool) -> None:
         self.stack = stack
-        self.loop = PollLoop()
+        self._server = compiled_server(FAST) if compiled else ProtocolServer
+        self.loop = PollLoop(selector=twin("compiled" if compiled else "forkd")[0])
         stack.callback(self.loop.close)
         self.board = Scoreboard(4)
         stack.callback(self.board.close)
@@ -78,7 +80,7 @@ class AcceptFixture:
         self.balance.connection_closed()
 
     def serve_by(self, factory: ProtocolFactory) -> ProtocolServer:
-        return ProtocolServer(ServerContext(self.loop, self.stats, Deadlines(self.loop)), factory)
+        return self._server(ServerContext(self.loop, self.stats, Deadlines(self.loop)), factory)
 
     def listen(self, kind: type[socket.socket]) -> tuple[socket.socket, Acceptor]:
         listener = kind(socket.AF_INET, socket.SOCK_STREAM)
@@ -121,10 +123,10 @@ class AcceptFixture:
         self.loop.run_until_complete(asyncio.sleep(0))
 
 
-@pytest.fixture(name="accept")
-def accept_fixtures() -> Iterator[AcceptFixture]:
+@pytest.fixture(name="accept", params=["pure", "compiled"])
+def accept_fixtures(request: pytest.FixtureRequest) -> Iterator[AcceptFixture]:
     with ExitStack() as stack:
-        accept = AcceptFixture(stack)
+        accept = AcceptFixture(stack, request.param == "compiled")
         try:
             yield accept
         finally:

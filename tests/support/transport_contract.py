@@ -221,7 +221,7 @@ class Kit:
         """
         server, listener = AcceptingServer(self, protocol), socket.create_server(("127.0.0.1", 0))
         listening: Any = SimpleNamespace(queued=True)
-        accept = FAST.Accept(listening, listener.fileno(), 0, server, lambda _: None)
+        accept = FAST.Accept(listening, listener.fileno(), 0, server, lambda _: None, socket.socket)
 
         async def accept_one() -> None:
             accept(IN)

@@ -13,14 +13,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forkd.compiled import load
 from forkd.system import shared_counters
 from forkd.system.scoreboard import ACCEPT_TIMES_SIZE, COUNTERS_SIZE, Row, Scoreboard
-from forkd.system.shared_counters import CurrentCounts, RateCounts, SharedCounters
+from forkd.system.shared_counters import CurrentCounts, RateCounts, SharedCounters, twins
 from tests.support.forked import exit_code, start_child
+from tests.support.needs import needs_compiled_twin
 from tests.support.processes import DEADLINE
 
 KEYS = st.sampled_from([1, -1, 7, 1 << 62, -(1 << 63), (1 << 63) - 1, 257, 257 << 32])
 SMALL = 98  # cells of a table of six sets: more keys than it can hold are drawn soon
+
+
+@pytest.fixture(params=["pure", "compiled"], scope="module", autouse=True)
+def _twin(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test is of both twins."""
+    if request.param == "compiled":
+        needs_compiled_twin()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_counters, "FAST", load()[0]["forkd.system._fast"] if request.param == "compiled" else None)
+        yield
+
+
+def current(board: Scoreboard, row: int, first: int, end: int) -> CurrentCounts:
+    return twins(shared_counters.FAST)[0](board, row, first, end)
+
+
+def rates(board: Scoreboard, row: int, first: int, end: int) -> RateCounts:
+    return twins(shared_counters.FAST)[1](board, row, first, end)
 
 
 @pytest.fixture
@@ -63,7 +83,7 @@ def in_children(board: Scoreboard, count: int, work: Callable[[int], int]) -> li
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), KEYS), max_size=150))
 def test_current_counts_are_those_of_a_dictionary(steps: list[tuple[bool, int, int]]) -> None:
     board = Scoreboard(3)
-    tables = [CurrentCounts(board, own(board), 0, SMALL) for _ in range(3)]
+    tables = [current(board, own(board), 0, SMALL) for _ in range(3)]
     held = [Counter[int]() for _ in tables]
     try:
         for takes, number, key in steps:
@@ -86,7 +106,7 @@ def test_current_counts_are_those_of_a_dictionary(steps: list[tuple[bool, int, i
 
 
 def test_full_table_claims_nothing_and_forgets_no_key(board: Scoreboard) -> None:
-    table = CurrentCounts(board, own(board), 0, SMALL)
+    table = current(board, own(board), 0, SMALL)
     keys = [random.getrandbits(63) + 1 for _ in range(400)]
     held = [key for key in keys if table.claim(key, 1)]
     assert 30 < len(held) <= 48
@@ -114,7 +134,7 @@ def test_processes_claiming_at_once_stay_within_the_limit(board: Scoreboard) -> 
     os.write(back, b"ttt")
 
     def work(row: int) -> int:
-        table = CurrentCounts(board, row, 0, 1024)
+        table = current(board, row, 0, 1024)
         until, lacking, claims = monotonic() + 0.5, 0, 0
         while (now := monotonic()) < until or (claims < 50 and now < until + DEADLINE):
             if not table.claim(5, 3):
@@ -132,7 +152,7 @@ def test_processes_claiming_at_once_stay_within_the_limit(board: Scoreboard) -> 
 
     try:
         assert in_children(board, 4, work) == [0, 0, 0, 0]
-        assert CurrentCounts(board, board.claim().index, 0, 1024).total(5) == 0
+        assert current(board, board.claim().index, 0, 1024).total(5) == 0
     finally:
         os.close(tokens)
         os.close(back)
@@ -142,10 +162,23 @@ def test_processes_wanting_more_than_the_limit_get_all_of_it(board: Scoreboard) 
     """The claims of one round collide, as all begin together; in the end every slot is in use."""
 
     def work(row: int) -> int:
-        table = CurrentCounts(board, row, 0, 1024)
+        table = current(board, row, 0, 1024)
         return sum(table.claim(9, 10) for _ in range(40))
 
     assert sum(in_children(board, 4, work)) == 10
+
+
+def test_workers_of_both_twins_count_together(board: Scoreboard) -> None:
+    """As while an upgrade replaces those of the one by those of the other."""
+    needs_compiled_twin()
+    both = [twins(None), twins(load()[0]["forkd.system._fast"])]
+    tables = [kind[0](board, own(board), 0, SMALL) for kind in both]
+    rings = [kind[1](board, own(board), 0, 1024) for kind in both]
+    for key in (5, -5, 1 << 40, -(1 << 40)):
+        assert [tables[number].claim(key, 3) for number in (0, 1, 0, 1, 0)] == [True, True, True, False, False]
+        assert [rings[number].claim(key, 3, 86400) for number in (0, 1, 1, 0, 1)] == [True, True, True, False, False]
+        tables[0].release(key)
+        assert tables[1].claim(key, 3)
 
 
 def test_row_that_is_cleared_frees_what_its_worker_had(board: Scoreboard) -> None:
@@ -157,7 +190,7 @@ def test_row_that_is_cleared_frees_what_its_worker_had(board: Scoreboard) -> Non
 
 
 def test_row_of_nonsense_neither_adds_nor_takes_counts(board: Scoreboard) -> None:
-    liar, table = own(board), CurrentCounts(board, own(board), 0, SMALL)
+    liar, table = own(board), current(board, own(board), 0, SMALL)
     for cell in range(SMALL):
         cells(board, liar)[cell] = -(1 << 60)
     assert table.claim(5, 1)
@@ -177,7 +210,7 @@ def test_rate_allows_no_more_in_any_time_and_nearly_as_many(
     board: Scoreboard, monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
     clock, length = Clock(monkeypatch), seconds * 10**9
-    tables = [RateCounts(board, own(board), 0, 1024) for _ in range(3)]
+    tables = [rates(board, own(board), 0, 1024) for _ in range(3)]
     came: list[int] = []
     start = clock.now
     for _ in range(2000):
@@ -190,7 +223,7 @@ def test_rate_allows_no_more_in_any_time_and_nearly_as_many(
 
 def test_rate_is_shared_by_processes_that_claim_at_once(board: Scoreboard) -> None:
     def work(row: int) -> int:
-        table = RateCounts(board, row, 0, 4096)
+        table = rates(board, row, 0, 4096)
         return sum(table.claim(4, 25, 86400) for _ in range(100))
 
     assert sum(in_children(board, 4, work)) == 25
@@ -200,7 +233,7 @@ def test_full_table_of_rates_lets_new_keys_in_and_keeps_known(
     board: Scoreboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    table = RateCounts(board, own(board), 0, 129)
+    table = rates(board, own(board), 0, 129)
     assert table.claim(1, 1, 60)
     assert all(table.claim(random.getrandbits(63), 1, 60) for _ in range(200))
     assert not table.claim(1, 1, 60)

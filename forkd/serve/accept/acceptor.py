@@ -32,6 +32,7 @@ _ACCEPTED, _CLOSED, _LOAD = int(Field.ACCEPTED), int(Field.CLOSED), int(Field.LO
 
 #: Takes an accepted, non-blocking socket and the peer's address, and owns the socket from then on. It does not raise.
 Serve = Callable[[socket.socket, Any], None]
+Admit = Callable[[Any], tuple[str, Callable[[], None]]]
 
 
 class CloseObserver(Protocol):
@@ -132,12 +133,20 @@ class Acceptor:
         sock: a listening, non-blocking socket.
         serve: what serves each connection.
         observer: what this reports to.
+        admit: says of a client, by its address, why it is refused, or, where that is empty, what to call when it has
+            gone; for a class with limits.
 
     Attributes:
         queued: whether it is in the listener's wait queue.
     """
 
-    def __init__(self, loop: PollLoop, sock: socket.socket, serve: Serve, observer: AcceptObserver) -> None:
+    #: The class of what is accepted.
+    connection_class: ClassVar[type[socket.socket]] = socket.socket
+
+    def __init__(
+        self, loop: PollLoop, sock: socket.socket, serve: Serve, observer: AcceptObserver, admit: Admit | None = None
+    ) -> None:
+        self._admit = admit
         self._loop = loop
         self._selector = loop.selector
         self._sock = sock
@@ -152,7 +161,9 @@ class Acceptor:
         self.queued = False
         self._ready: Ready = self.ready
         if FAST is not None and self._is_plain():
-            self._ready = FAST.Accept(self, self._fd, self._proto, serve, observer.accepted)
+            self._ready = FAST.Accept(
+                self, self._fd, self._proto, serve, observer.accepted, self.connection_class, self._admit
+            )
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
 
@@ -163,7 +174,7 @@ class Acceptor:
             and isinstance(self._selector, FAST.Rounds)
             and self._family in (socket.AF_INET, socket.AF_INET6)
             and self._type == socket.SOCK_STREAM
-            and type(self)._take is Acceptor._take
+            and (type(self)._take is Acceptor._take or self._admit is not None)
             and getattr(self._accept, "__func__", None) is None
         )
 

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterable
-from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,9 @@ _MOST_READ = 65_536
 _MOST_LINGERING = 64
 
 _MINUTE = 60  # seconds between two lines about one reason and listener
+
+#: Addresses of clients whose keys are known without hashing.
+_MOST_KNOWN = 1024
 
 _MAPPED = bytes(10) + b"\xff\xff"
 _V6_PREFIX = 8  # octets of an IPv6 address that stand for one client's network
@@ -142,6 +144,30 @@ def keyed_hash(secret: bytes, address: str) -> Callable[[bytes], int]:
     return key_of
 
 
+class ClientKeys:
+    """By what a listener's clients are counted: hashes of their addresses, or of their networks in IPv6.
+
+    Args:
+        secret: the daemon's.
+        address: where it listens.
+    """
+
+    def __init__(self, secret: bytes, address: str) -> None:
+        self._hash = keyed_hash(secret, address)
+        self._known: dict[str, int] = {}  # the latest ones, by the client's host: to hash takes longer than to look up
+
+    def key_of(self, peer: Any) -> int:
+        """A client's key, from what accept(2) gives; 0 for one that has no address."""
+        if not isinstance(peer, tuple):
+            return 0
+        key = self._known.get(peer[0])
+        if key is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            key = self._known[peer[0]] = self._hash(client_network(peer))
+        return key
+
+
 class AccessPolicy:
     """One listener's networks and its rate of one address, in one worker.
 
@@ -151,22 +177,22 @@ class AccessPolicy:
         counters: what the worker counts with the others.
 
     Attributes:
-        allows: whether a client may come from there at all.
+        allows: whether a client may come from there at all; None: it may from anywhere.
+        key_of: a client's key.
+        rate: how many of one address may come within which time; None: any.
     """
 
     def __init__(self, listener: Listener, address: str, counters: SharedCounters) -> None:
-        self.allows = Permission(listener.allow, listener.deny).allow
-        self._key_of = keyed_hash(counters.secret, address)
-        self._rate: Callable[[bytes], bool] | None = None
-        if (rate := listener.limits.rate_per_ip) is not None:
-            self._rate = partial(self._claim, counters.rates.claim, rate.events, rate.seconds)
+        restricted = listener.allow or listener.deny
+        self.allows = Permission(listener.allow, listener.deny).allow if restricted else None
+        self.key_of = ClientKeys(counters.secret, address).key_of
+        self.rate = listener.limits.rate_per_ip
+        self._claim = counters.rates.claim
 
-    def is_within_rate(self, peer: Any) -> bool:
-        """Counts a client that comes from there, unless too many came of late; whether it did."""
-        return self._rate is None or not (address := client_network(peer)) or self._rate(address)
-
-    def _claim(self, claim: Callable[[int, int, int], bool], count: int, seconds: int, address: bytes) -> bool:
-        return claim(self._key_of(address) ^ seconds or 1, count, seconds)
+    def is_within_rate(self, key: int) -> bool:
+        """Counts a client that has come, by its key, unless too many came of late; whether it did."""
+        rate = self.rate
+        return rate is None or not key or self._claim(key ^ rate.seconds or 1, rate.events, rate.seconds)
 
     def refusal(self, peer: Any) -> str:
         """Why a client is refused; empty when it is not, and then it is counted.
@@ -174,9 +200,9 @@ class AccessPolicy:
         Args:
             peer: its address as accept(2) or recvfrom(2) gives it.
         """
-        if not self.allows(peer):
+        if self.allows is not None and not self.allows(peer):
             return DENIED
-        return "" if self.is_within_rate(peer) else RATE
+        return "" if self.rate is None or self.is_within_rate(self.key_of(peer)) else RATE
 
 
 class Refusals:

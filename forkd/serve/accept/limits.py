@@ -24,7 +24,6 @@ from forkd.serve.accept.access import (
     AccessPolicy,
     Networks,
     Refusals,
-    client_network,
     keyed_hash,
 )
 from forkd.serve.accept.balance import Balance
@@ -97,9 +96,12 @@ class ConnectionLimiter:
         self.acceptors: list[LimitedAcceptor] = []
         self._connections, self._per_worker, self._per_ip = limits.connections, limits.per_worker, limits.per_ip
         self._slots, self._addresses = counters.by_listener, counters.by_address
-        self._key_of = keyed_hash(counters.secret, address)
-        self._slots_key = self._key_of(b"places")  # so named by older images too, whose workers count by it
+        self._slots_key = keyed_hash(counters.secret, address)(
+            b"places"
+        )  # so named by older images too, whose workers count by it
         self._access = AccessPolicy(bound.listener, address, counters)
+        self._allows = self._access.allows
+        self._counts_clients = bool(limits.per_ip or limits.rate_per_ip)
         self._reserved = False
         self._used = 0  # slots of this worker's connections
 
@@ -128,17 +130,20 @@ class ConnectionLimiter:
         Returns:
             Why it is refused; empty when it is not, and then what to call when it has gone.
         """
-        if not self._access.allows(peer):
+        if self._allows is not None and not self._allows(peer):
             return DENIED, _nothing
-        was_reserved = self._reserved
-        if not was_reserved and not self._claim():
+        if not self._reserved and not self._claim():
             return FULL, _nothing
-        self._reserved = True
-        reason, key = self._claim_address(peer)
+        if not self._counts_clients:
+            self._reserved = False
+            self._used += 1
+            return "", self._on_close
+        was_reserved, self._reserved = self._reserved, True
+        reason, key = self._claim_client(peer)
         if not reason:
             self._reserved = False
             self._used += 1
-            return "", lambda: self._on_close(key)
+            return "", partial(self._on_close, key) if key else self._on_close
         if not was_reserved:
             self.release_reserved()
         return reason, _nothing
@@ -151,28 +156,28 @@ class ConnectionLimiter:
             return FULL, _nothing
         self._reserved = False
         self._used += 1
-        return "", lambda: self._on_close(0)
+        return "", self._on_close
 
     def admit_client(self, peer: Any) -> tuple[str, Callable[[], None]]:
         """Takes the client of such a connection, which has its slot already. Returns as `admit`."""
-        if not self._access.allows(peer):
+        if self._allows is not None and not self._allows(peer):
             return DENIED, _nothing
-        reason, key = self._claim_address(peer)
+        reason, key = self._claim_client(peer)
         return reason, partial(self._addresses.release, key) if key and not reason else _nothing
 
-    def _claim_address(self, peer: Any) -> tuple[str, int]:
+    def _claim_client(self, peer: Any) -> tuple[str, int]:
         """Counts a client of this address: why it is refused, and what to give back of one that is not; 0: nothing."""
-        address = client_network(peer) if self._per_ip else b""
-        key = self._key_of(address) if address else 0
-        if key and not self._addresses.claim(key, self._per_ip):
+        key = self._access.key_of(peer)
+        held = key if self._per_ip else 0
+        if held and not self._addresses.claim(held, self._per_ip):
             return PER_IP, 0
-        if not self._access.is_within_rate(peer):
-            if key:
-                self._addresses.release(key)
+        if not self._access.is_within_rate(key):
+            if held:
+                self._addresses.release(held)
             return RATE, 0
-        return "", key
+        return "", held
 
-    def _on_close(self, key: int) -> None:
+    def _on_close(self, key: int = 0) -> None:
         self._used -= 1
         self._release()
         if key:
@@ -190,112 +195,6 @@ class ConnectionLimiter:
 
 def _nothing() -> None:
     pass
-
-
-class LimitedAcceptor(Acceptor):
-    """One listening socket of a worker, with limits.
-
-    Args:
-        loop: the worker's loop.
-        sock: a listening, non-blocking socket.
-        serve: what serves each connection.
-        balance: the worker's share.
-        limiter: the listener's limits.
-        refusals: what becomes of clients that are refused.
-    """
-
-    def __init__(
-        self,
-        loop: PollLoop,
-        sock: socket.socket,
-        serve: Serve,
-        balance: Balance,
-        limiter: ConnectionLimiter,
-        refusals: Refusals,
-    ) -> None:
-        super().__init__(loop, sock, serve, balance)
-        self._balance = balance
-        self._limiter = limiter
-        self._refusals = refusals
-        self._by_proxy = bool(limiter.proxies)
-        self._admit = limiter.admit_proxy if self._by_proxy else limiter.admit
-        limiter.acceptors.append(self)
-
-    def successor(self, sock: socket.socket) -> Acceptor:
-        """As of one without limits; of the same limits, by which the clients of both are counted."""
-        return LimitedAcceptor(self._loop, sock, self._serve, self._balance, self._limiter, self._refusals)
-
-    def close(self) -> None:
-        """As of one without limits."""
-        super().close()
-        self._limiter.acceptors.remove(self)
-
-    def queue(self) -> bool:
-        """Joins the wait queue, if there is a slot for the client that comes."""
-        return self._limiter.reserve() and super().queue()
-
-    def requeue(self) -> None:
-        """Goes to the end of the wait queue; where there is no slot for the next client, out of it."""
-        if self._limiter.reserve():
-            super().requeue()
-            return
-        for acceptor in self._limiter.acceptors:
-            acceptor.leave()
-        self._balance.full()
-
-    def leave(self) -> None:
-        """Leaves the wait queue, and the reserved slot to other workers unless it is for another socket's client."""
-        super().leave()
-        if not any(acceptor.queued for acceptor in self._limiter.acceptors):
-            self._limiter.release_reserved()
-
-    def last_call(self, count: Callable[[], None]) -> None:
-        """As of one without limits, if there is a slot for a client that may have come."""
-        if self._limiter.reserve():
-            super().last_call(count)
-        else:
-            self.leave()
-
-    def _has_room(self) -> bool:
-        return self._limiter.reserve()
-
-    def _take(self, descriptor: int, peer: Any, accepted: Callable[[Acceptor], None]) -> None:
-        reason, release = self._admit(peer)
-        if not reason:
-            sock = SlotSocket(self._family, self._type, self._proto, descriptor)
-            sock.on_close(release)
-            accepted(self)
-            sock.setblocking(False)
-            if self._by_proxy:
-                found = partial(self._take_client, sock, peer)
-                failed = partial(self._header_failed, sock, peer)
-                ProxyHeaderReader(self._loop, sock, self._limiter.header_seconds, found, failed)
-            else:
-                self._serve(sock, peer)
-            return
-        if self.queued:
-            super().requeue()
-        refused = socket.socket(self._family, self._type, self._proto, descriptor)
-        refused.setblocking(False)
-        self._refusals.refuse(refused, peer, reason)
-
-    def _take_client(self, sock: SlotSocket, proxy: Any, header: Header) -> None:
-        """Serves the client that a proxy speaks for; the proxy itself where it speaks for none."""
-        peer = header.source or proxy
-        reason, release = self._limiter.admit_client(peer)
-        if not reason:
-            sock.on_close(release)
-            sock.proxy_header, sock.proxy_peername = header, proxy
-            self._serve(sock, peer)
-            return
-        self._refusals.refuse(sock, peer, reason)
-        self._balance.not_served()
-
-    def _header_failed(self, sock: SlotSocket, proxy: Any, why: str) -> None:
-        if why:  # else it is how a proxy looks whether the port is open
-            self._refusals.note(proxy, PROXY_HEADER, why)
-        sock.close()
-        self._balance.not_served()
 
 
 class SlotSocket(ProxiedSocket):
@@ -317,3 +216,111 @@ class SlotSocket(ProxiedSocket):
         releases, self._releases = self._releases, []
         for release in releases:
             release()
+
+
+class LimitedAcceptor(Acceptor):
+    """One listening socket of a worker, with limits.
+
+    Args:
+        loop: the worker's loop.
+        sock: a listening, non-blocking socket.
+        serve: what serves each connection.
+        balance: the worker's share.
+        limiter: the listener's limits.
+        refusals: what becomes of clients that are refused.
+    """
+
+    connection_class = SlotSocket
+
+    def __init__(
+        self,
+        loop: PollLoop,
+        sock: socket.socket,
+        serve: Serve,
+        balance: Balance,
+        limiter: ConnectionLimiter,
+        refusals: Refusals,
+    ) -> None:
+        super().__init__(loop, sock, serve, balance, None if limiter.proxies else limiter.admit)
+        self._balance = balance
+        self._limiter = limiter
+        self._refusals = refusals
+        limiter.acceptors.append(self)
+
+    def successor(self, sock: socket.socket) -> Acceptor:
+        """As of one without limits; of the same limits, by which the clients of both are counted."""
+        return LimitedAcceptor(self._loop, sock, self._serve, self._balance, self._limiter, self._refusals)
+
+    def close(self) -> None:
+        """As of one without limits."""
+        super().close()
+        self._limiter.acceptors.remove(self)
+
+    def queue(self) -> bool:
+        """Joins the wait queue, if there is a slot for the client that comes."""
+        return self._limiter.reserve() and super().queue()
+
+    def requeue(self) -> None:
+        """Goes to the end of the wait queue; where there is no slot for the next client, out of it."""
+        if self._limiter.reserve():
+            self._selector.requeue(self._fd)
+            return
+        for acceptor in self._limiter.acceptors:
+            acceptor.leave()
+        self._balance.full()
+
+    def leave(self) -> None:
+        """Leaves the wait queue, and the reserved slot to other workers unless it is for another socket's client."""
+        super().leave()
+        if not any(acceptor.queued for acceptor in self._limiter.acceptors):
+            self._limiter.release_reserved()
+
+    def last_call(self, count: Callable[[], None]) -> None:
+        """As of one without limits, if there is a slot for a client that may have come."""
+        if self._limiter.reserve():
+            super().last_call(count)
+        else:
+            self.leave()
+
+    def _has_room(self) -> bool:
+        return self._limiter.reserve()
+
+    def refuse(self, sock: socket.socket, peer: Any, reason: str) -> None:
+        """Refuses a client that was accepted. The next one wakes another worker all the same."""
+        if self.queued:
+            super().requeue()
+        self._refusals.refuse(sock, peer, reason)
+
+    def _take(self, descriptor: int, peer: Any, accepted: Callable[[Acceptor], None]) -> None:
+        reason, release = (self._admit or self._limiter.admit_proxy)(peer)
+        sock = SlotSocket(self._family, self._type, self._proto, descriptor)
+        sock.setblocking(False)
+        if reason:
+            self.refuse(sock, peer, reason)
+            return
+        sock.on_close(release)
+        accepted(self)
+        if self._admit is not None:
+            self._serve(sock, peer)
+        else:
+            found = partial(self._take_client, sock, peer)
+            failed = partial(self._header_failed, sock, peer)
+            ProxyHeaderReader(self._loop, sock, self._limiter.header_seconds, found, failed)
+
+    def _take_client(self, sock: SlotSocket, proxy: Any, header: Header) -> None:
+        """Serves the client that a proxy speaks for; the proxy itself where it speaks for none."""
+        peer = header.source or proxy
+        reason, release = self._limiter.admit_client(peer)
+        if not reason:
+            sock.on_close(release)
+            sock.proxy_header, sock.proxy_peername = header, proxy
+            self._serve(sock, peer)
+            return
+        self._refusals.refuse(sock, peer, reason)
+        self._balance.not_served()
+
+    def _header_failed(self, sock: SlotSocket, proxy: Any, why: str) -> None:
+        if why:  # else it is how a proxy looks whether the port is open
+            self._refusals.note(proxy, PROXY_HEADER, why)
+        sock.close()
+        self._balance.not_served()
