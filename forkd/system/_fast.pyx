@@ -217,21 +217,36 @@ cdef class CurrentCounts(KeyTable):
 
 
 cdef class RateCounts(KeyTable):
-    """The base of `shared_counters.RateCounts`' twin."""
+    """The base of `shared_counters.RateCounts`' twin, which has `_claim_without_room`.
 
-    def __cinit__(self, *_):
+    Args:
+        board, row, first, end: as of `KeyTable`.
+        clock: the monotonic clock, in nanoseconds.
+    """
+
+    cdef object _clock
+
+    def __cinit__(self, *_, **__):
         self._ways, self._width = 4, 1 + RING
 
-    def count(self, cell key, cell limit, cell length, clock):
-        """As `claim` there, for a time in nanoseconds; None where there is no room for the key."""
+    def __init__(self, board, Py_ssize_t row, Py_ssize_t first, Py_ssize_t end, clock):
+        KeyTable.__init__(self, board, row, first, end)
+        self._clock = clock
+
+    def claim(self, cell key, cell limit, cell seconds):
+        """As there."""
+        return self._claim(key, limit, seconds)
+
+    @cython.cdivision(True)
+    cdef bint _claim(self, cell key, cell limit, cell seconds) except -1:
         cdef Py_ssize_t entry, at
-        cdef cell now, part, before
+        cdef cell now, part, before, length = seconds * 1000000000LL
         for _ in range(TRIES):
-            now = clock()
+            now = self._clock()
             part = now * PARTS // length
             entry = self._find_or_add(key, now)
             if entry < 0:
-                return None
+                return self._claim_without_room(limit, seconds, now)
             self._busy[entry] = now + 2 * length
             at = self._cell(entry) + 1 + part % RING
             before = self._own[at]
@@ -243,10 +258,45 @@ cdef class RateCounts(KeyTable):
             self._own[0] = 1
             forkd_fence()
             # Once the part is over others begin to write over the oldest one that is reckoned with here.
-            if self._sum(key, (part - PARTS) << COUNT_BITS) <= limit and clock() * PARTS // length == part:
-                return True
+            if self._sum(key, (part - PARTS) << COUNT_BITS) <= limit:
+                now = self._clock()
+                if now * PARTS // length == part:
+                    return True
             self._own[at] = before
             if self._sum(key, (part - PARTS) << COUNT_BITS) >= limit:
                 return False
             sched_yield()
+        return False
+
+
+cdef class PeerRate:
+    """Whether each client of a listener is within its rate: a callable that gets its address, and counts it.
+
+    Args:
+        rates: where it is counted.
+        key_of: gives its key.
+        known: keys by host, of some.
+        limit, seconds: how many may come within which time.
+        refused: called with the address of one that is not.
+    """
+
+    cdef RateCounts _rates
+    cdef object _key_of, _refused
+    cdef dict _known
+    cdef cell _limit, _seconds
+
+    def __init__(self, RateCounts rates not None, key_of, dict known, cell limit, cell seconds, refused):
+        self._rates, self._key_of, self._known, self._refused = rates, key_of, known, refused
+        self._limit, self._seconds = limit, seconds
+
+    def __call__(self, peer):
+        cdef cell key
+        found = self._known.get(peer[0]) if type(peer) is tuple else None
+        key = self._key_of(peer) if found is None else found
+        if not key:
+            return True
+        key ^= self._seconds
+        if self._rates._claim(key if key else 1, self._limit, self._seconds):
+            return True
+        self._refused(peer)
         return False

@@ -199,12 +199,8 @@ def twins(fast: Any) -> tuple[type[CurrentCounts], type[RateCounts]]:
 
     class CompiledRateCounts(fast.RateCounts, RateCounts):  # type: ignore[misc]  # its module has no types
         def __init__(self, *table: Any) -> None:
-            fast.RateCounts.__init__(self, *table)
+            fast.RateCounts.__init__(self, *table, monotonic_ns)
             self._overflow = {}
-
-        def claim(self, key: int, limit: int, seconds: int) -> bool:
-            found: bool | None = self.count(key, limit, seconds * 10**9, monotonic_ns)
-            return self._claim_without_room(limit, seconds, monotonic_ns()) if found is None else found
 
     return fast.CurrentCounts, CompiledRateCounts
 

@@ -23,7 +23,7 @@ from forkd.config.units import unescape
 from forkd.serve.lingering import Lingering
 from forkd.serve.loop import PollLoop
 from forkd.system.scoreboard import Field, Row
-from forkd.system.shared_counters import SharedCounters
+from forkd.system.shared_counters import FAST, SharedCounters
 
 if TYPE_CHECKING:
     from forkd.config.values import Network
@@ -150,21 +150,24 @@ class ClientKeys:
     Args:
         secret: the daemon's.
         address: where it listens.
+
+    Attributes:
+        known: the latest ones, by the client's host: to hash takes longer than to look up.
     """
 
     def __init__(self, secret: bytes, address: str) -> None:
         self._hash = keyed_hash(secret, address)
-        self._known: dict[str, int] = {}  # the latest ones, by the client's host: to hash takes longer than to look up
+        self.known: dict[str, int] = {}
 
     def key_of(self, peer: Any) -> int:
         """A client's key, from what accept(2) gives; 0 for one that has no address."""
         if not isinstance(peer, tuple):
             return 0
-        key = self._known.get(peer[0])
+        key = self.known.get(peer[0])
         if key is None:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            key = self._known[peer[0]] = self._hash(client_network(peer))
+            if len(self.known) >= _MOST_KNOWN:
+                self.known.clear()
+            key = self.known[peer[0]] = self._hash(client_network(peer))
         return key
 
 
@@ -185,14 +188,37 @@ class AccessPolicy:
     def __init__(self, listener: Listener, address: str, counters: SharedCounters) -> None:
         restricted = listener.allow or listener.deny
         self.allows = Permission(listener.allow, listener.deny).allow if restricted else None
-        self.key_of = ClientKeys(counters.secret, address).key_of
+        self._keys = ClientKeys(counters.secret, address)
+        self.key_of = self._keys.key_of
         self.rate = listener.limits.rate_per_ip
-        self._claim = counters.rates.claim
+        self._rates = counters.rates
 
     def is_within_rate(self, key: int) -> bool:
         """Counts a client that has come, by its key, unless too many came of late; whether it did."""
         rate = self.rate
-        return rate is None or not key or self._claim(key ^ rate.seconds or 1, rate.events, rate.seconds)
+        return rate is None or not key or self._rates.claim(key ^ rate.seconds or 1, rate.events, rate.seconds)
+
+    def admission(self, refused: Callable[[Any, str], None]) -> Callable[[Any], bool] | None:
+        """What says of a client, by its address, whether it may come in; None where every client may.
+
+        Args:
+            refused: called with the address of one that may not, and why.
+        """
+        if self.allows is None and self.rate is None:
+            return None
+        if self.allows is None and self.rate is not None and FAST is not None:
+            rate = self.rate.events, self.rate.seconds
+            gate: Callable[[Any], bool] = FAST.PeerRate(
+                self._rates, self.key_of, self._keys.known, *rate, lambda peer: refused(peer, RATE)
+            )
+            return gate
+
+        def admit(peer: Any) -> bool:
+            if reason := self.refusal(peer):
+                refused(peer, reason)
+            return not reason
+
+        return admit
 
     def refusal(self, peer: Any) -> str:
         """Why a client is refused; empty when it is not, and then it is counted.

@@ -176,17 +176,11 @@ class DatagramAccess:
 
     def __init__(self, bound: BoundListener, loop: PollLoop, counters: SharedCounters, row: Row) -> None:
         listener = bound.listener
-        self._policy = AccessPolicy(listener, str(bound.address), counters)
         self._proxies = Networks(listener.proxy_protocol)
         self._refusals = Refusals(loop, str(bound.address), None, row, counters)
-        has_rules = listener.allow or listener.deny or listener.limits.rate_per_ip is not None
-        self.admit: Admit | None = self._admit if has_rules else None
+        policy = AccessPolicy(listener, str(bound.address), counters)
+        self.admit: Admit | None = policy.admission(self._refusals.note)
         self.unwrap: Unwrap | None = self._unwrap if self._proxies else None
-
-    def _admit(self, peer: Any) -> bool:
-        if reason := self._policy.refusal(peer):
-            self._refusals.note(peer, reason)
-        return not reason
 
     def _unwrap(self, data: bytes, peer: Any) -> tuple[bytes, Any, Any] | None:
         """As `transport.Unwrap`. Where proxies are named, datagrams of other senders are dropped unparsed."""
