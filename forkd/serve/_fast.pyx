@@ -597,7 +597,7 @@ cdef int _lost(transport, error) except -1:
         return 0
     sock, server = <Socket>_get(transport, SOCK), <Server>_get(transport, OBSERVER)
     fd = sock.descriptor()
-    if server._is_recorded or _get(transport, LINGER) or not _is(me, FILE, None) or fd < 0 or fd != PyLong_AsLong(_get(transport, FD)):
+    if server._is_logged or _get(transport, LINGER) or not _is(me, FILE, None) or fd < 0 or fd != PyLong_AsLong(_get(transport, FD)):
         _connection_lost(transport, error)
         return 0
     if _get(transport, INTEREST):
@@ -608,6 +608,8 @@ cdef int _lost(transport, error) except -1:
         if server._timeouts.firsts.pop(transport, 0.0) != _get(transport, DUE):
             server._timeouts.deadlines.forget(transport)
         _set(me, DUE, 0.0)
+    if server._measure is not None:
+        server._measure(sock, _get(transport, OPENED), _get(transport, STAMPS))
     try:
         _run(transport, _get(transport, PROTOCOL).connection_lost, error)
     except BaseException as raised:
@@ -749,10 +751,10 @@ cdef class Server:
     `StreamTransport` itself. But for what is the connection's own (`_OWN`) they all begin alike.
     """
 
-    cdef object _template, _kind, _scheduled, _timeouts, _closed
+    cdef object _template, _kind, _scheduled, _timeouts, _closed, _measure
     cdef Rounds _rounds
     cdef double _first_check
-    cdef bint _is_recorded
+    cdef bint _is_logged
 
     cdef int _serve(self, Socket sock) except -1:
         """As `ProtocolServer.__call__`."""
@@ -779,7 +781,7 @@ cdef class Server:
             self._first_check = 0.0 if timeouts is None else timeouts.first_check
             self._rounds, self._scheduled = _get(made, LOOP).selector, _get(made, LOOP).scheduled
             self._timeouts, self._closed = timeouts, self.closed
-            self._is_recorded = self.access_log or self.measure is not None
+            self._is_logged, self._measure = self.access_log, self.measure
             self._kind = type(protocol)
         return made
 

@@ -38,8 +38,10 @@ def test_cleared_o_nonblock_does_not_outlive_a_change(open_harness: Harness, cha
     assert daemon.command(change).returncode == 0
     workers = daemon.wait_workers(2)
     order_worker(open_harness, daemon, "poison", "blocking")
-    daemon.wait_log("O_NONBLOCK was changed")
-    assert "value" in order_worker(open_harness, daemon, "load", "json")
+    # An old worker that still leaves the listener may set it right before the master looks, which then has no record.
+    for _ in range(4):
+        assert "value" in order_worker(open_harness, daemon, "load", "json")
+    eventually(lambda: all(one["heartbeat_age"] < 0.9 for one in daemon.status()["workers"]), what="heartbeats")
     assert daemon.workers() == workers
 
 
