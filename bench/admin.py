@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from compare import MESSAGE, forkd_command, free_port
+from forkd_daemon import MESSAGE, forkd_command, free_port
 from replace import ask, serving
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from compare import MESSAGE, forkd_command, free_port, wait_for
+from forkd_daemon import MESSAGE, forkd_command, free_port, wait_for
 
 GOOD, SILENT, SLOW, DEAF = 50, 500, 200, 200
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compare import free_port, wait_for
+from forkd_daemon import free_port, wait_for
 from replace import ask
 
 #: Clients in one process, which has a descriptor for each.

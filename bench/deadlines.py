@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from compare import MESSAGE, forkd_command, free_port, wait_for
+from forkd_daemon import MESSAGE, forkd_command, free_port, wait_for
 from replace import serving as serving_workers
 
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from compare import forkd_command, free_port, wait_for
+from forkd_daemon import forkd_command, free_port, wait_for
 
 LINES = b"\n" * 65_536
 HANDLERS = ["busy:Lines", "busy:read_lines", "busy:read_bytes", "busy:OwnLines"]

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare import MESSAGE, free_port
+from forkd_daemon import MESSAGE, free_port
 
 HERE = Path(__file__).parent
 BUILT = HERE.parent / "build" / "bench"
@@ -38,6 +38,10 @@ OTHERS = ("uvloop + aiofastnet", "gevent", "tornado", "twisted", "socketserver",
 #: What a Python peer needs beside the interpreter.
 PACKAGES = {"uvloop": "uvloop", "uvloop + aiofastnet": "aiofastnet", "gevent": "gevent", "tornado": "tornado"}
 PACKAGES["twisted"] = "twisted"
+
+#: forkd with other settings: nothing that connections are watched for, all of it, and with metrics but nothing else.
+BARE, WATCHED, METERED = "no deadline, no limit", "all deadlines and limits", "an admin endpoint"
+VARIANTS = (BARE, WATCHED, METERED)
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -98,6 +102,7 @@ def main() -> None:
     for label, reason in found["missing"].items():
         print(f"not measured: {label}, for want of {reason}")
     if not arguments.quick:
+        found["variants"] = {name: measure(one, ("C", *VARIANTS), rounds, seconds) for name, one in SHAPES.items()}
         found["rest"] = {label: measure_rest(label) for label in MAIN if label not in found["missing"]}
         for axis, shapes in GROWTH.items():
             found["growth"][axis] = {shape.title: measure(shape, MAIN, 1, 0.6 * seconds) for shape in shapes}
@@ -296,12 +301,26 @@ def command_of(label: str, shape: Shape, port: int, directory: str) -> list[str]
         return ["socat", f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork,nodelay,backlog=4096", "PIPE"]
     if label == "Net::Server::PreFork":
         return ["perl", str(HERE / "prefork.pl"), str(port), str(shape.clients + 1)]
-    if label in (FORKD, PURE):
+    if label in (FORKD, PURE, *VARIANTS):
         handlers = {"stream": "forkd.builtin:Echo", "coroutine": "peers:echo", "datagram": "forkd.builtin:DatagramEcho"}
         command = [sys.executable, "-m", "forkd", "run", handlers[shape.kind], "--workers", str(shape.workers)]
         options = ["--name", "bench", "--run-directory", f"{directory}/run", "--log-level", "error"]
+        options += [word for setting in settings_of(label, scheme) for word in ("--set", setting)]
         return [*command, *options, "--listen", f"{scheme}://127.0.0.1:{port}"]
     return [sys.executable, str(HERE / "peers.py"), label, shape.kind, str(shape.workers), str(port)]
+
+
+def settings_of(label: str, scheme: str) -> list[str]:
+    """The settings of one of forkd's variants."""
+    found = ["admin.address=tcp://127.0.0.1:0"] if label == METERED else []
+    if label == WATCHED:
+        found.append("listen.limits.rate_per_ip=100000000/s")
+    if label in VARIANTS and scheme == "tcp":
+        longest = "24h" if label == WATCHED else "0"
+        found += [f"listen.timeouts.{one}={longest}" for one in ("first_byte", "idle", "write", "lifetime")]
+        if label == WATCHED:
+            found += [f"listen.limits.{one}=10000" for one in ("connections", "per_worker", "per_ip")]
+    return found
 
 
 def wait_for(shape: Shape, port: int, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compare import MESSAGE, free_port
+from forkd_daemon import MESSAGE, free_port
 
 from forkd import compiled
 

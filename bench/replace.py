@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compare import MESSAGE, forkd_command, free_port, wait_for
+from forkd_daemon import MESSAGE, forkd_command, free_port, wait_for
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from figures import FORKD, IDLE, MAIN, PURE, SHAPES, STAYING
+from figures import BARE, FORKD, IDLE, MAIN, PURE, SHAPES, STAYING, VARIANTS
 
 Found = dict[str, Any]
 
@@ -47,7 +47,7 @@ def write(found: Found, directory: Path) -> None:
     for name, shape in SHAPES.items():
         if name in found["shapes"]:
             parts.append(f"### {shape.title[0].upper()}{shape.title[1:]}\n\n{table(found['shapes'][name])}\n")
-    parts += [absent(found), rest(found.get("rest", {}))]
+    parts += [absent(found), variants(found.get("variants", {})), rest(found.get("rest", {}))]
     if found["growth"]:
         parts.append("## How it grows\n")
     for axis, by_place in found["growth"].items():
@@ -125,6 +125,23 @@ def absent(found: Found) -> str:
         "thread for each. What socat's processes have used is lost when they end, so its churn costs more. "
         "UDP and coroutines are compared with asyncio and uvloop alone.\n"
     )
+
+
+def variants(found: Found) -> str:
+    """What deadlines, limits and metrics cost."""
+    if not found:
+        return ""
+    lines = [
+        "## Deadlines, limits, metrics\n",
+        f"CPU time of a request on forkd by settings, as a ratio to that of a listener with {BARE}. All clients "
+        "come from one address, which all workers count together.\n",
+        f"| | {' | '.join(VARIANTS)} |",
+        f"| --- |{' --: |' * len(VARIANTS)}",
+    ]
+    for name, rows in found.items():
+        ratios = [f"{rows[one]['cpu'] / rows[BARE]['cpu']:.2f}" for one in VARIANTS]
+        lines.append(f"| {SHAPES[name].title} | {' | '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
 
 
 def rest(found: Found) -> str:

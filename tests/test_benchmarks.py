@@ -22,7 +22,7 @@ from tests.support.paths import CHECKOUT
 def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(CHECKOUT / "bench"))
     yield importlib.import_module("report")
-    for name in ("report", "figures", "compare"):
+    for name in ("report", "figures", "forkd_daemon"):
         sys.modules.pop(name, None)
 
 
@@ -39,12 +39,15 @@ def test_benchmarks_page_has_tables_and_plots(report: ModuleType, tmp_path: Path
     growth = {"bytes": {"1": rows(), "1024": rows(uvloop=1.05)}}
     rest = {"forkd": {"start": 0.2, "idle": 0.8, "spread": 1.01}}
     found = {"rounds": 3, "seconds": 1.0, "missing": {"gevent": "the package gevent"}, "rest": rest, "growth": growth}
-    report.write({**found, "shapes": {"few": rows(), "udp": rows(uvloop=1.05)}}, tmp_path)
+    own = {"no deadline, no limit": 2.0, "all deadlines and limits": 2.1, "an admin endpoint": 1.9}
+    found |= {"shapes": {"few": rows(), "udp": rows(uvloop=1.05)}, "variants": {"churn": rows(**own)}}
+    report.write(found, tmp_path)
     page = (tmp_path / "benchmarks.md").read_text()
     assert "| **forkd** | 1.10 |" in page
     assert "No other but C is cheaper than forkd." in page
     assert "Cheaper than forkd: uvloop." in page
     assert "Not measured: gevent (for want of the package gevent)." in page
+    assert "| connect + echo + close, 4 workers, 20 at a time | 1.00 | 1.05 | 0.95 |" in page
     assert "| forkd | 200 | 0.80 | 1.01 |" in page
     assert "Not ahead of uvloop at 1,024 bytes of a message." in page
     plot = ElementTree.parse(tmp_path / "benchmarks" / "bytes.svg").getroot()  # noqa: S314 (our own)

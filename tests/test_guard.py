@@ -24,7 +24,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("compare", None)
+    sys.modules.pop("forkd_daemon", None)
 
 
 @pytest.mark.parametrize(
