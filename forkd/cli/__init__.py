@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status (sysexits.h: 64 for a wrong command line, 78 for wrong settings).
     """
     _open_standard_descriptors()  # before anything else is opened
-    atexit.register(gc.freeze)  # else the interpreter's end looks for garbage in all that was imported
+    atexit.register(_skip_garbage)
     words = sys.argv[1:] if arguments is None else arguments
     if (os.getpid() == 1 or words[:1] == ["run"]) and RESUME not in os.environ:
         _catch_signals()
@@ -80,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return 1
     return status
+
+
+def _skip_garbage() -> None:
+    """Has the interpreter's end look for no garbage in all that was imported; what handlers leave is looked at."""
+    if "forkd.serve.handlers" not in sys.modules:
+        gc.freeze()
 
 
 def _print_error(text: str) -> None:

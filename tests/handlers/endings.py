@@ -31,11 +31,22 @@ def finish_slowly(leave: threading.Event) -> None:
     (HERE / f"{PID}.pool").write_text("done")
 
 
+class Garbage:
+    """An object that the interpreter's end alone finds, if it looks for garbage."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        Path(HERE, f"{PID}.garbage").write_text("found")
+
+
 class Leaves(Echo):
     """Writes what it hears to files that it does not flush, then echoes it. `stuck` leaves a thread that
     stays, `atexit` a function that does not return."""
 
     def data_received(self, data: bytes) -> None:
+        Garbage()
         text.write(data.decode())
         binary.write(data)
         packed.write(data)

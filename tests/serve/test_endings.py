@@ -64,3 +64,6 @@ def test_once_ends_as_an_interpreter_does(harness: Harness, monkeypatch: pytest.
         assert echoes(client, b"word")
     assert once.status() == 0
     check_ended(harness.directory, once.pid, b"word", packed=not foreground)  # an interpreter may close it too late
+    assert (
+        harness.directory / f"{once.pid}.garbage"
+    ).exists() is foreground  # one in the background leaves by os._exit
