@@ -107,10 +107,7 @@ def _summary(state: DaemonState, change: str) -> dict[str, Any]:
         "not_ready": why_not_ready(state),
         "drained": state.drained,
         "change": change,
-        "last_failure": _last_failure(state),
-        "last_success": _last_success(state),
-        "change_counts": {result: state.change_counts[result] for result in ("success", "failure")},
-        "refusal": state.change_failure,  # the former name of the text
+        **_changes(state),
         "generation": state.generation.number,
         "started": state.started,
         "log": str(log_target(settings, detached=state.launch.detached) or "stderr"),
@@ -128,14 +125,15 @@ def _summary(state: DaemonState, change: str) -> dict[str, Any]:
     }
 
 
-def _last_failure(state: DaemonState) -> dict[str, Any] | None:
-    """Why the last change has failed, and when; None where it has not."""
-    return {"time": state.change_failed_at, "text": state.change_failure} if state.change_failure else None
-
-
-def _last_success(state: DaemonState) -> dict[str, Any] | None:
-    """When the last change that has succeeded did, and the generation that has served since; None where none has."""
-    return {"time": state.changed_at, "generation": state.generation.number} if state.changed_at else None
+def _changes(state: DaemonState) -> dict[str, Any]:
+    """How reloads and upgrades went: the last that failed, until another does not; the last that did not; how many."""
+    text, failed_at, done_at = state.change_failure, state.change_failed_at, state.changed_at
+    return {
+        "last_failure": {"time": failed_at, "text": text} if text else None,
+        "last_success": {"time": done_at, "generation": state.generation.number} if done_at else None,
+        "change_counts": {result: state.change_counts[result] for result in ("success", "failure")},
+        "refusal": text,  # the former name of the text
+    }
 
 
 def _listener_faults(state: DaemonState) -> list[str]:
