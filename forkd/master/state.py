@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 from forkd.config.settings import Settings
 from forkd.errors import BootError, system_reason
@@ -32,6 +33,9 @@ from forkd.system.notify import Notifier
 from forkd.system.scoreboard import Row, Scoreboard
 
 log = logging.getLogger("forkd.master")
+
+#: How many moments are kept.
+MOST_MOMENTS = 121
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,24 @@ class EntryPoints:
     close_in_child: Callable[[], None]
     on_ready: Callable[[], None]
     restore_files: Callable[[Identity], bool] = lambda identity: False
+
+
+class Moment(NamedTuple):
+    """The daemon at one time.
+
+    Attributes:
+        at: when, on the monotonic clock in seconds.
+        clients: connections that are open.
+        counts: what has been counted since the daemon was started: `accepted`, `refused`, `ended` by forkd, `errors` of
+            handlers and `deaths` of workers that nobody had told to end.
+        listeners: by address: connections that are open, how many were let in so far, and how many wait in the accept
+            queue.
+    """
+
+    at: float
+    clients: int
+    counts: dict[str, int]
+    listeners: dict[str, tuple[int, int, int]]
 
 
 @dataclass(slots=True)
@@ -79,6 +101,7 @@ class DaemonState:
         kept_counts: what the kernel has counted for sockets, those that are closed by now too (`admin.metrics`).
         pushed: what counters were when statsd was last told, by name (`admin.statsd`).
         expiry_warned: by file, when a certificate was last warned of, since the epoch.
+        moments: the last ten minutes (`admin.history`).
         superseded: whether another master has the name and the addresses now.
         drained: whether an operator has taken it out of its balancers (`forkd drain`).
         drain_at: when it begins to drain, if it is leaving; on the monotonic clock.
@@ -104,6 +127,7 @@ class DaemonState:
     kept_counts: dict[str, int] = field(default_factory=dict)
     pushed: dict[str, float] = field(default_factory=dict)
     expiry_warned: dict[str, float] = field(default_factory=dict)
+    moments: deque[Moment] = field(default_factory=lambda: deque(maxlen=MOST_MOMENTS))
     superseded: bool = False
     drained: bool = False
     drain_at: float = inf
@@ -201,6 +225,7 @@ class DaemonState:
             kept_counts=self.kept_counts,
             pushed=self.pushed,
             expiry_warned=self.expiry_warned,
+            moments=[one._asdict() for one in self.moments],
             exit_counts=self.pool.exit_counts,
             clients=clients,
             idle_clients=idle_clients,
@@ -223,4 +248,5 @@ class DaemonState:
         self.kept_counts.update(snapshot.kept_counts)
         self.pushed.update(snapshot.pushed)
         self.expiry_warned.update(snapshot.expiry_warned)
+        self.moments.extend(Moment(**one) for one in snapshot.moments)
         self.pool.exit_counts.update(snapshot.exit_counts)

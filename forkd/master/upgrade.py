@@ -74,7 +74,7 @@ class MasterSnapshot:
         exit_counts: how many have ended, by cause.
         exited_listeners: the same for each listener, by its address.
         handler_metrics: what handlers had counted in workers that have ended.
-        changed_at, change_counts, kept_counts, pushed, expiry_warned: as of the state.
+        changed_at, change_counts, kept_counts, pushed, expiry_warned, moments: as of the state.
         clients: descriptors of the control socket's clients that wait for the upgrade.
         idle_clients: of its other clients.
         unwritten: of the log, which its reader has not taken yet.
@@ -99,6 +99,7 @@ class MasterSnapshot:
     kept_counts: Mapping[str, int] = field(default_factory=dict)
     pushed: Mapping[str, float] = field(default_factory=dict)
     expiry_warned: Mapping[str, float] = field(default_factory=dict)
+    moments: Sequence[Mapping[str, Any]] = ()
     idle_clients: Sequence[int] = ()
     drained: bool = False
     unwritten: UnwrittenLog = field(default_factory=UnwrittenLog)
@@ -155,6 +156,7 @@ class MasterSnapshot:
             "kept_counts": dict(self.kept_counts),
             "pushed": dict(self.pushed),
             "expiry_warned": dict(self.expiry_warned),
+            "moments": list(self.moments),
             "clients": list(self.clients),
             "idle_clients": list(self.idle_clients),
             "unwritten": [[one.decode("latin-1") for one in self.unwritten.records], *self.unwritten[1:]],
@@ -196,6 +198,7 @@ class MasterSnapshot:
             kept_counts=plain["kept_counts"],
             pushed=plain["pushed"],
             expiry_warned=plain["expiry_warned"],
+            moments=plain["moments"],
             clients=plain["clients"],
             idle_clients=plain["idle_clients"],
             unwritten=UnwrittenLog(tuple(one.encode("latin-1") for one in records), lost, lost_total),

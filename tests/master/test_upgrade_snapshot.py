@@ -317,6 +317,7 @@ KEYS = [
     "kept_counts",
     "pushed",
     "expiry_warned",
+    "moments",
     "unwritten",
 ]
 

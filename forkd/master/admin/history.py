@@ -1,46 +1,24 @@
 """The last ten minutes of the daemon, for the status page: a sample each five seconds, in a ring that the master keeps.
 
-A daemon that is replaced by an upgrade or a restart begins a new one.
+An upgrade hands it on; another daemon, by a restart, begins a new one.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from forkd.master.state import DaemonState
+from forkd.master.state import DaemonState, Moment
 from forkd.master.status import client_count, totals_by_slot
 from forkd.master.workers import EXPECTED
 from forkd.system.socket_stats import accept_queue_of
 
-#: Seconds between two samples, and how many are kept.
+#: Seconds between two samples.
 STEP = 5.0
-MOST_SAMPLES = 121
 
 #: Listeners that are sampled: a page of more can't be read.
 _MOST_LISTENERS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """The daemon at one time.
-
-    Attributes:
-        at: when, on the monotonic clock in seconds.
-        clients: connections that are open.
-        counts: what has been counted since the daemon was started: `accepted`, `refused`, `ended` by forkd, `errors` of
-            handlers and `deaths` of workers that nobody had told to end.
-        listeners: by address: connections that are open, how many were let in so far, and how many wait in the accept
-            queue.
-    """
-
-    at: float
-    clients: int
-    counts: dict[str, int]
-    listeners: dict[str, tuple[int, int, int]]
 
 
 class History:
@@ -52,13 +30,12 @@ class History:
 
     def __init__(self, state: DaemonState) -> None:
         self._state = state
-        self._samples: deque[Moment] = deque(maxlen=MOST_SAMPLES)
         self._due = 0.0
 
     def advance(self, now: float) -> float:
         """Takes a sample if it is time to; when to look again."""
         if now >= self._due:
-            self._samples.append(self._sample(now))
+            self._state.moments.append(self._sample(now))
             # On one grid, however late the master is; a machine that was suspended leaves a gap.
             self._due += STEP * max(1.0, (now - self._due) // STEP + 1)
         return self._due
@@ -70,7 +47,7 @@ class History:
         a list of these has one value less.
         """
         now = time.monotonic()
-        samples = [*self._samples, self._sample(now)]
+        samples = [*self._state.moments, self._sample(now)]
         listeners = samples[-1].listeners
         return {
             "ages": [round(now - one.at, 1) for one in samples],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import deque
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from forkd.master.admin.history import MOST_SAMPLES, STEP, History, Moment
-from forkd.master.state import DaemonState
+from forkd.master.admin.history import STEP, History
+from forkd.master.state import MOST_MOMENTS, DaemonState, Moment
 from tests.support.admin import ask
 from tests.support.clients import echoes
 from tests.support.daemon import Harness
@@ -18,7 +20,7 @@ class Drawn(History):
     """One whose samples are made up: a client and ten accepted ones more each time; a listener that comes late."""
 
     def __init__(self) -> None:
-        super().__init__(cast(DaemonState, None))
+        super().__init__(cast(DaemonState, SimpleNamespace(moments=deque(maxlen=MOST_MOMENTS))))
         self.taken = 0
 
     def _sample(self, now: float) -> Moment:
@@ -42,8 +44,8 @@ def test_ring_holds_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
         drawn.advance(STEP * number)
     monkeypatch.setattr("forkd.master.admin.history.time.monotonic", lambda: STEP * 500)
     told = drawn.tell()
-    assert len(told["ages"]) == MOST_SAMPLES + 1
-    assert (told["ages"][0], told["ages"][-1]) == (STEP * MOST_SAMPLES, 0)
+    assert len(told["ages"]) == MOST_MOMENTS + 1
+    assert (told["ages"][0], told["ages"][-1]) == (STEP * MOST_MOMENTS, 0)
 
 
 def test_rates_are_by_time_and_never_below_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +59,19 @@ def test_rates_are_by_time_and_never_below_nothing(monkeypatch: pytest.MonkeyPat
     assert late == {"address": "tcp://late:1", "connections": [0, 1, 1], "queue": [0, 2, 2], "rate": [2.0, 2.0]}
     drawn.taken = 0  # as where what was counted is lost
     assert drawn.tell()["rates"] == {"accepted": [2.0, 0.0]}
+
+
+def test_history_goes_on_after_an_upgrade(harness: Harness) -> None:
+    daemon = harness.daemon(settings=("admin.address=tcp://127.0.0.1:0",)).start()
+    clients = [harness.connect(daemon) for _ in range(2)]
+    assert all(map(echoes, clients))
+    before = json.loads(ask(daemon, "/history.json").body)
+    assert daemon.command("upgrade").returncode == 0
+    after = json.loads(ask(daemon, "/history.json").body)
+    # That of each image's first look, and that of now.
+    assert (len(before["ages"]), len(after["ages"]), after["clients"]) == (2, 3, [0, 2, 2])
+    assert after["ages"][0] > before["ages"][0]
+    assert [len(one["connections"]) for one in after["listeners"]] == [3]
 
 
 def test_daemon_tells_its_history_and_its_oldest_clients(harness: Harness) -> None:
