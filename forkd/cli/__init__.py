@@ -29,10 +29,11 @@ import atexit
 import gc
 import os
 import select
+import signal
 import sys
 from collections.abc import Sequence
 
-from forkd import RESUME
+from forkd import RESUME, signals
 from forkd.cli.parser import parse
 from forkd.errors import BootError, ConfigError, ForkdError, StoppedAtStart, is_bug, printable, system_reason
 
@@ -117,10 +118,6 @@ def _catch_signals() -> None:
     """Has a signal that asks for a stop end this process in order, and others wait, until the master's loop takes them.
     The kernel drops what PID 1 has no handler for (kill(2)), and else the daemon would leave its files behind.
     """
-
-    import signal  # noqa: PLC0415 (for `run` alone)
-
-    from forkd import signals  # noqa: PLC0415
 
     def stop(*_: object) -> None:
         raise StoppedAtStart
