@@ -23,6 +23,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ SEEDS = ("1", "2")
 TWINS = {"compiled": "0", "pure": "1"}
 
 #: How often each thing is done in a round.
-TIMES = {"request": 20, "connection": 20, "datagram": 20, "streams request": 20}
+TIMES = {"request": 20, "connection": 20, "reset connection": 20, "datagram": 20, "streams request": 20}
 
 #: Seconds for the daemon to come up under valgrind, and for an answer.
 PATIENCE = 120.0
@@ -222,6 +223,7 @@ def scenario(ports: dict[str, int]) -> list[str]:
         "nothing": lambda: None,
         "request": lambda: ask(echo),
         "connection": lambda: visit(ports["echo"], worker),
+        "reset connection": lambda: reset(ports["echo"], worker),
         "datagram": lambda: ask(datagrams),
         "streams request": lambda: ask(streams),
     }
@@ -259,6 +261,15 @@ def visit(port: int, worker: Path) -> None:
         wait_idle(worker)
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""
+
+
+def reset(port: int, worker: Path) -> None:
+    """The same, but the client resets the connection; the kernel has told the server when this returns."""
+    with connect(port) as sock:
+        wait_idle(worker)
+        ask(sock)
+        wait_idle(worker)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def wait_idle(worker: Path) -> None:

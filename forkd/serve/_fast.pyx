@@ -61,7 +61,7 @@ cdef extern from * nogil:
         epoll_data_t data
     int epoll_wait(int, epoll_event *, int, int)
     int epoll_ctl(int, int, int, epoll_event *)
-    enum: EPOLLIN, EPOLLOUT, EPOLLET, EPOLLEXCLUSIVE, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+    enum: EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLHUP, EPOLLERR, EPOLLET, EPOLLEXCLUSIVE, EPOLL_CTL_ADD, EPOLL_CTL_DEL
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
     enum: MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC, AF_INET, AF_INET6
@@ -112,6 +112,9 @@ cdef enum:
 
 cdef enum:
     NOT_PLAIN = -2
+
+# What is told of a connection that can be read to its end.
+cdef unsigned int GONE = EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR
 
 # What an entry of a table is: nothing, what is to be called, a connection whose `data_ready` is.
 cdef enum:
@@ -471,7 +474,8 @@ cdef int _data_ready(PyObject *transport, unsigned int mask) except -1:
     cdef int fd = _descriptor(transport, RECV, _socket_recv)
     cdef PyObject *data = NULL
     cdef Py_ssize_t count
-    if mask != EPOLLIN or fd == NOT_PLAIN:
+    # Of a client that is gone, or has reset the connection, recv tells: first what it has sent, then the error.
+    if fd == NOT_PLAIN or mask != EPOLLIN and (mask & ~GONE or not (mask & EPOLLIN and _is(transport, INTEREST, _READ))):
         _receive(<object>transport, mask)
         return 0
     count = _read(fd, &data)
@@ -681,11 +685,14 @@ cdef class Socket:
     def getsockopt(self, int level, int option, unsigned int size=0):
         """As a socket's."""
         cdef char value[1024]
-        if self._real is not None or not 0 < size <= sizeof(value):
+        cdef int number = 0
+        cdef void *found = <void *>value if size else <void *>&number
+        cdef unsigned int length = size or sizeof(int)
+        if self._real is not None or length > sizeof(value):
             return self.real().getsockopt(level, option, size) if size else self.real().getsockopt(level, option)
-        if getsockopt(self._fd, level, option, value, &size) < 0:
+        if getsockopt(self._fd, level, option, found, &length) < 0:
             raise OSError(errno, strerror(errno))
-        return value[:size]
+        return value[:length] if size else number
 
     def close(self):
         """As a socket's."""
