@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from figures import BARE, FORKD, IDLE, MAIN, PURE, SHAPES, STAYING, VARIANTS
+from shapes import BARE, FORKD, IDLE, MAIN, PURE, SHAPES, STAYING, VARIANTS
 
 Found = dict[str, Any]
 

@@ -22,7 +22,7 @@ from tests.support.paths import CHECKOUT
 def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(CHECKOUT / "bench"))
     yield importlib.import_module("report")
-    for name in ("report", "figures", "forkd_daemon"):
+    for name in ("report", "shapes"):
         sys.modules.pop(name, None)
 
 
