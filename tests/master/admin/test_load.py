@@ -25,4 +25,4 @@ def test_scrapes_and_slow_readers_do_not_hold_up_the_master(seconds: float) -> N
     # In the short form other tests run beside it, which delay one death or another.
     assert (beside if seconds >= 10 else median) < max(MOST, 2 * alone)
     rate = float(re.findall(r"(?m)^scrapes +(\d+) a second", result.stdout)[0])
-    assert rate > 100
+    assert rate > (100 if seconds >= 10 else 20)
