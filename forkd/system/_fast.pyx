@@ -9,6 +9,7 @@ busy with.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdlib cimport calloc, free, realloc
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from *:
     """
@@ -221,7 +222,7 @@ cdef class RateCounts(KeyTable):
 
     Args:
         board, row, first, end: as of `KeyTable`.
-        clock: the monotonic clock, in nanoseconds.
+        clock: the monotonic clock, in nanoseconds; None: the system's.
     """
 
     cdef object _clock
@@ -229,9 +230,16 @@ cdef class RateCounts(KeyTable):
     def __cinit__(self, *_, **__):
         self._ways, self._width = 4, 1 + RING
 
-    def __init__(self, board, Py_ssize_t row, Py_ssize_t first, Py_ssize_t end, clock):
+    def __init__(self, board, Py_ssize_t row, Py_ssize_t first, Py_ssize_t end, clock=None):
         KeyTable.__init__(self, board, row, first, end)
         self._clock = clock
+
+    cdef inline cell _now(self) except -1:
+        cdef timespec time
+        if self._clock is not None:
+            return self._clock()
+        clock_gettime(CLOCK_MONOTONIC, &time)
+        return time.tv_sec * 1000000000LL + time.tv_nsec
 
     def claim(self, cell key, cell limit, cell seconds):
         """As there."""
@@ -242,7 +250,7 @@ cdef class RateCounts(KeyTable):
         cdef Py_ssize_t entry, at
         cdef cell now, part, before, length = seconds * 1000000000LL
         for _ in range(TRIES):
-            now = self._clock()
+            now = self._now()
             part = now * PARTS // length
             entry = self._find_or_add(key, now)
             if entry < 0:
@@ -259,7 +267,7 @@ cdef class RateCounts(KeyTable):
             forkd_fence()
             # Once the part is over others begin to write over the oldest one that is reckoned with here.
             if self._sum(key, (part - PARTS) << COUNT_BITS) <= limit:
-                now = self._clock()
+                now = self._now()
                 if now * PARTS // length == part:
                     return True
             self._own[at] = before

@@ -134,9 +134,13 @@ class RateCounts:
         board: the scoreboard.
         row: the number of this worker's row.
         first, end: the table's cells in the region's second half.
+        clock: the monotonic clock, in nanoseconds.
     """
 
-    def __init__(self, board: Scoreboard, row: int, first: int, end: int) -> None:
+    def __init__(
+        self, board: Scoreboard, row: int, first: int, end: int, clock: Callable[[], int] = monotonic_ns
+    ) -> None:
+        self._clock = clock
         self._table = _KeyTable(board, row, (first, end), ways=4, width=1 + _RING)
         self._overflow: dict[tuple[int, int], tuple[int, int]] = {}  # by limit and time: since when, and how many
         self._until: dict[int, int] = {}  # by its position, when an entry has no meaning any more
@@ -154,7 +158,7 @@ class RateCounts:
         """
         own, length = self._table.own, seconds * 10**9
         for _ in range(_TRIES):
-            now = monotonic_ns()
+            now = self._clock()
             part = now * _PARTS // length
             if not (at := self._table.find_or_add(key, self._is_free)):
                 return self._claim_without_room(limit, seconds, now)
@@ -167,7 +171,7 @@ class RateCounts:
             own[0] = 1
             fence()
             # Once the part is over others begin to write over the oldest one that is reckoned with here.
-            if self.total(key, part) <= limit and monotonic_ns() * _PARTS // length == part:
+            if self.total(key, part) <= limit and self._clock() * _PARTS // length == part:
                 return True
             own[cell] = before
             if self.total(key, part) >= limit:
@@ -184,7 +188,7 @@ class RateCounts:
         return fits
 
     def _is_free(self, at: int) -> bool:
-        return self._until.get(at, 0) <= monotonic_ns()
+        return self._until.get(at, 0) <= self._clock()
 
 
 @cache
@@ -199,7 +203,7 @@ def twins(fast: Any) -> tuple[type[CurrentCounts], type[RateCounts]]:
 
     class CompiledRateCounts(fast.RateCounts, RateCounts):  # type: ignore[misc]  # its module has no types
         def __init__(self, *table: Any) -> None:
-            fast.RateCounts.__init__(self, *table, monotonic_ns)
+            fast.RateCounts.__init__(self, *table)
             self._overflow = {}
 
     return fast.CurrentCounts, CompiledRateCounts

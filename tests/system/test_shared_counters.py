@@ -39,8 +39,8 @@ def current(board: Scoreboard, row: int, first: int, end: int) -> CurrentCounts:
     return twins(shared_counters.FAST)[0](board, row, first, end)
 
 
-def rates(board: Scoreboard, row: int, first: int, end: int) -> RateCounts:
-    return twins(shared_counters.FAST)[1](board, row, first, end)
+def rates(board: Scoreboard, row: int, first: int, end: int, *clock: Callable[[], int]) -> RateCounts:
+    return twins(shared_counters.FAST)[1](board, row, first, end, *clock)
 
 
 @pytest.fixture
@@ -200,17 +200,17 @@ def test_row_of_nonsense_neither_adds_nor_takes_counts(board: Scoreboard) -> Non
 class Clock:
     """A clock that the test moves, in nanoseconds."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = monotonic_ns()
-        monkeypatch.setattr(shared_counters, "monotonic_ns", lambda: self.now)
+
+    def __call__(self) -> int:
+        return self.now
 
 
 @pytest.mark.parametrize("seconds", [1, 60, 86400])
-def test_rate_allows_no_more_in_any_time_and_nearly_as_many(
-    board: Scoreboard, monkeypatch: pytest.MonkeyPatch, seconds: int
-) -> None:
-    clock, length = Clock(monkeypatch), seconds * 10**9
-    tables = [rates(board, own(board), 0, 1024) for _ in range(3)]
+def test_rate_allows_no_more_in_any_time_and_nearly_as_many(board: Scoreboard, seconds: int) -> None:
+    clock, length = Clock(), seconds * 10**9
+    tables = [rates(board, own(board), 0, 1024, clock) for _ in range(3)]
     came: list[int] = []
     start = clock.now
     for _ in range(2000):
@@ -229,11 +229,9 @@ def test_rate_is_shared_by_processes_that_claim_at_once(board: Scoreboard) -> No
     assert sum(in_children(board, 4, work)) == 25
 
 
-def test_full_table_of_rates_lets_new_keys_in_and_keeps_known(
-    board: Scoreboard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch)
-    table = rates(board, own(board), 0, 129)
+def test_full_table_of_rates_lets_new_keys_in_and_keeps_known(board: Scoreboard) -> None:
+    clock = Clock()
+    table = rates(board, own(board), 0, 129, clock)
     assert table.claim(1, 1, 60)
     assert all(table.claim(random.getrandbits(63), 1, 60) for _ in range(200))
     assert not table.claim(1, 1, 60)
