@@ -210,7 +210,7 @@ def test_restart_that_fails_leaves_the_old_daemon_untouched(harness: Harness, tm
     site.code("later")
     site.write(listen=listeners)
     assert daemon.command("restart").returncode == 0
-    assert site.greet()[1] == "later"
+    site.wait_greeted("later")
 
 
 def test_restart_survives_the_death_of_the_new_master(harness: Harness, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_restart_survives_the_death_of_the_new_master(harness: Harness, tmp_path
     untouched.check()
     site.code("later")
     assert site.daemon.command("restart").returncode == 0
-    assert site.greet()[1] == "later"
+    site.wait_greeted("later")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
@@ -272,7 +272,7 @@ def test_restart_and_other_changes_exclude_each_other(harness: Harness) -> None:
         let(2)
         assert outcome(asked)[0] == 0
     assert echoes(client)
-    assert site.greet()[1] == "later"
+    site.wait_greeted("later")
     with site.gate("their") as let:
         asked = site.begin("reload")
         wait_at_gate(lambda: daemon.workers("booting").values(), 2)

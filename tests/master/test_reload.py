@@ -40,8 +40,8 @@ def test_reload_takes_up_settings_and_code_while_clients_stay(harness: Harness) 
     assert {one["generation"] for one in status["workers"] if one["pid"] in old.values()} == {1}
     assert (daemon.address, backlog(address)) == (address, 77)
     daemon.wait_log("DEBUG .* worker 3.*: serving")
-    client, word = site.greet(address)
-    assert word == "later"
+    site.wait_greeted("later", address)
+    client, _ = site.greet(address)
     assert all(echoes(one) for one in [*clients, client])
     for one in clients:
         one.close()

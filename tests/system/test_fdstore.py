@@ -74,7 +74,8 @@ def test_clients_that_wait_when_the_master_alone_is_killed_wait_for_the_next(
     first.expect("the master is gone")
     master, (worker,) = first.pid, first.workers().values()
     os.kill(worker, signal.SIGSTOP)
-    _, *waiting = [harness.connect(first) for _ in range(4)]  # an event may have told of the first one before
+    eventually(lambda: (found := stat_of(worker)) and found[0] == "T", what="a worker that is stopped")
+    _, *waiting = [harness.connect(first) for _ in range(4)]  # the event that tells of the first one may come before
     os.kill(master, signal.SIGKILL)
     wait_end(master)
     os.kill(worker, signal.SIGCONT)
