@@ -68,10 +68,9 @@ def test_history_goes_on_after_an_upgrade(harness: Harness) -> None:
     before = json.loads(ask(daemon, "/history.json").body)
     assert daemon.command("upgrade").returncode == 0
     after = json.loads(ask(daemon, "/history.json").body)
-    # That of each image's first look, and that of now.
-    assert (len(before["ages"]), len(after["ages"]), after["clients"]) == (2, 3, [0, 2, 2])
-    assert after["ages"][0] > before["ages"][0]
-    assert [len(one["connections"]) for one in after["listeners"]] == [3]
+    assert (after["clients"][0], after["clients"][-1]) == (0, 2)  # the first sample is of the time before the clients
+    assert len(after["ages"]) > len(before["ages"])
+    assert [len(one["connections"]) for one in after["listeners"]] == [len(after["ages"])]
 
 
 def test_daemon_tells_its_history_and_its_oldest_clients(harness: Harness) -> None:
