@@ -72,7 +72,7 @@ def test_reload_binds_what_is_new_and_closes_what_is_gone(harness: Harness, tmp_
     clients += [site.greet(where)[0] for where in found]
     site.write(listen=listeners[:2])
     assert daemon.command("reload").returncode == 0
-    assert refuses(address)
+    eventually(lambda: refuses(address), what="an address that nobody listens at")
     assert all(echoes(client) for client in clients)
     for client in clients:
         client.close()
