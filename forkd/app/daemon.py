@@ -38,7 +38,7 @@ from forkd.system.fdstore import bind_stored
 from forkd.system.identity import Identity, find_identity
 from forkd.system.listeners import BoundListener, bind_all
 from forkd.system.logs import go_on_with_log, log_target, log_to_stderr, open_log, start_logging
-from forkd.system.notify import has_manager
+from forkd.system.notify import manager_address
 from forkd.system.private_directory import hold_run_directory, make_private_directory
 from forkd.system.proc import need_proc
 from forkd.system.process import dump_stacks_on
@@ -262,7 +262,7 @@ class Daemon:
 
     def _entry_points(self, control: ControlSocket, board: Scoreboard) -> EntryPoints:
         boot_worker, worker_context = _serving()
-        pid, listeners_kept = os.getpid(), has_manager(os.environ)
+        pid, listeners_kept = os.getpid(), bool(manager_address(os.environ))
 
         def serve(generation: Generation, slot: int, row: Row, channel: Channel) -> int:
             return boot_worker(

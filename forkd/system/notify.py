@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
-def has_manager(environment: Mapping[str, str]) -> bool:
-    """Whether there is a service manager that this process may tell."""
-    return bool(environment.get("NOTIFY_SOCKET"))
+def manager_address(environment: Mapping[str, str]) -> str:
+    """Where the service manager listens; empty where there is none."""
+    return environment.get("NOTIFY_SOCKET", "")
 
 
 class Notifier:
@@ -33,7 +33,7 @@ class Notifier:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        path = environment.get("NOTIFY_SOCKET", "")
+        path = manager_address(environment)
         self._address = f"\0{path[1:]}" if path.startswith("@") else path
         self._sock: socket.socket | None = None
         self.watchdog = _watchdog_seconds(environment)

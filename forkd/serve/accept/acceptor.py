@@ -32,6 +32,8 @@ _ACCEPTED, _CLOSED, _LOAD = int(Field.ACCEPTED), int(Field.CLOSED), int(Field.LO
 
 #: Takes an accepted, non-blocking socket and the peer's address, and owns the socket from then on. It does not raise.
 Serve = Callable[[socket.socket, Any], None]
+
+#: Says of a client, by its address, why it is refused, or, where that is empty, what to call when it has gone.
 Admit = Callable[[Any], tuple[str, Callable[[], None]]]
 
 
@@ -133,8 +135,7 @@ class Acceptor:
         sock: a listening, non-blocking socket.
         serve: what serves each connection.
         observer: what this reports to.
-        admit: says of a client, by its address, why it is refused, or, where that is empty, what to call when it has
-            gone; for a class with limits.
+        admit: the limits of a class that has some; None: every client is taken.
 
     Attributes:
         queued: whether it is in the listener's wait queue.

@@ -204,14 +204,14 @@ class AccessPolicy:
         Args:
             refused: called with the address of one that may not, and why.
         """
-        if self.allows is None and self.rate is None:
-            return None
-        if self.allows is None and self.rate is not None and FAST is not None:
-            rate = self.rate.events, self.rate.seconds
-            gate: Callable[[Any], bool] = FAST.PeerRate(
-                self._rates, self.key_of, self._keys.known, *rate, lambda peer: refused(peer, RATE)
-            )
-            return gate
+        if self.allows is None:
+            if self.rate is None:
+                return None
+            if FAST is not None:
+                gate: Callable[[Any], bool] = FAST.PeerRate(
+                    self._rates, self.key_of, self._keys.known, *self.rate, lambda peer: refused(peer, RATE)
+                )
+                return gate
 
         def admit(peer: Any) -> bool:
             if reason := self.refusal(peer):
