@@ -302,16 +302,16 @@ def _fill_slots(now: float, pool: PoolView, plan: Plan) -> None:
 
 
 def _recycle(now: float, pool: PoolView, plan: Plan) -> None:
-    """Replaces workers that have served enough, one at a time, the next one ready before the former goes."""
-    if pool.state is not MasterState.RUNNING:
-        return
+    """Replaces workers that have served enough, one at a time, the next one ready before the former goes. A daemon that
+    is leaving begins no more of them.
+    """
     slots = _workers_by_slot(pool)
     for workers in slots.values():
         serving = sorted((one for one in workers if one.state is WorkerState.SERVING), key=lambda one: one.since)
         plan.actions += [Retire(one.pid, f"recycled: {one.recycle_reason}") for one in serving[:-1]]
     complete = all(len(one) == 1 and one[0].state is WorkerState.SERVING for one in slots.values())
     due = [number for number, workers in slots.items() if workers and workers[0].recycle_reason]
-    if due and complete and pool.candidate is None:
+    if due and complete and pool.candidate is None and pool.state is MasterState.RUNNING:
         first = min(due, key=lambda number: pool.slots.get(number, Slot()).retry_at)
         plan.at(now, pool.slots.get(first, Slot()).retry_at, Spawn(first))
 

@@ -116,6 +116,8 @@ LEAVES = [
     ("one that is missing is followed", leaving(2, serving(1)), [Spawn(2)], NOW + 5.0),
     ("its slot may wait for longer", leaving(2, serving(1), {2: Slot(3, NOW + 9.0)}), [], NOW + 5.0),
     ("no worker is recycled", leaving(1, serving(1, recycle_reason="old")), [], NOW + 5.0),
+    ("a worker that was replaced goes", leaving(1, [*serving(1, recycle_reason="old"),
+     worker(1, WorkerState.SERVING, 0.5, pid=101)]), [Retire(100)], NOW + 5.0),
     ("the delay is over", leaving(2, serving(1, 2), drain_in=0.0), [Drain()], None),
     ("the delay is over while one is missing", leaving(2, serving(1), drain_in=-1.0), [Drain(), Spawn(2)], None),
     ("a worker stands still", leaving(1, [worker(1, WorkerState.SERVING, 300.0, heartbeat=NOW - 4.0)],
