@@ -61,7 +61,8 @@ def test_page_shows_the_daemon_and_follows_it(harness: Harness, tmp_path: Path) 
         assert f"127.0.0.1:{clients[0].getsockname()[1]} {listener['address']}" in text
         assert "Refused and ended none Workers that have ended none" in text
         assert "Reloads and upgrades none since the start; generation 1 serves" in text
-        assert len(re.findall(r" ms \d+\.\d MiB", text)) == 2  # the memory of each worker
+        # The memory of each worker: they are asked for it one after another, as far as there is time.
+        eventually(lambda: len(re.findall(r" ms \d+\.\d MiB", tab.text())) == 2, what="each worker's memory")
 
         clients += [harness.connect(daemon) for _ in range(2)]
         assert all(map(echoes, clients))
