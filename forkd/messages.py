@@ -384,6 +384,12 @@ class WornEvent(Message):
     why: str
 
 
+class DrainingEvent(Message):
+    """A worker that was told to drain takes no more clients from now on."""
+
+    KIND = ("event", "draining")
+
+
 class CertificatesEvent(Message):
     """What a worker's certificates say, at its beginning and when they are renewed.
 
@@ -454,6 +460,7 @@ ChildEvent = (
     ReadyEvent
     | FailedEvent
     | WornEvent
+    | DrainingEvent
     | CertificatesEvent
     | AnswerEvent
     | SettingsEvent

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import Any, Protocol
 
 from forkd.config.values import parse_network
@@ -18,6 +20,7 @@ from forkd.master.plan import GRACE, STACKS
 from forkd.master.spawn import Worker
 from forkd.master.state import DaemonState
 from forkd.master.status import clients_of, peers_of
+from forkd.master.workers import DRAINING_SECONDS
 from forkd.messages import (
     AcceptedReply,
     ClientsRequest,
@@ -97,6 +100,7 @@ class Requests:
     def __init__(self, master: MasterActions) -> None:
         self._master = master
         self._waiting: list[tuple[ControlClient, Outcome]] = []
+        self._drains_by = inf  # when the clients' workers are waited for no longer, after a restart
         self._successor: ControlClient | None = None  # starts the master that is to succeed this one
 
     @property
@@ -131,8 +135,12 @@ class Requests:
             case KillRequest():
                 self._kill(request, client)
 
-    def answer_waiting(self) -> None:
-        """Answers those whose time has come; called at each turn of the master's loop."""
+    def answer_waiting(self) -> float | None:
+        """Answers those whose time has come; called at each turn of the master's loop.
+
+        Returns:
+            When it is to be called again at the latest; None for no need.
+        """
         if self._successor is not None and self._successor.fileno() < 0:
             self._successor = None
             if self._master.state.control.displaced:  # it died when all was done but the last request
@@ -148,14 +156,27 @@ class Requests:
                 self._waiting.append((client, outcome))
             else:
                 client.reply(reply)
+        return self._drains_by if self._waiting and self._drains_by < inf else None
 
     def _stop(self, request: StopRequest, client: ControlClient) -> None:
         master = self._master
         master.state.superseded = request.succeeded
         source = "forkd restart" if request.succeeded else "forkd stop"
         master.obey(Command.QUIT if request.now else Command.STOP, source)
-        client.reply(AcceptedReply(master.state.stop_timeout))
+        accepted = AcceptedReply(master.state.stop_timeout)
+        if request.succeeded:  # this reply ends the command, after which the new code alone takes clients
+            self._drains_by = time.monotonic() + DRAINING_SECONDS
+            self._waiting.append((client, lambda: accepted if self._drains() else None))
+        else:
+            client.reply(accepted)
         self._waiting.append((client, lambda: DoneReply() if master.state.master_state is MasterState.OVER else None))
+
+    def _drains(self) -> bool:
+        """Whether no worker takes clients any more, or has stood still for so long that it takes none either."""
+        if time.monotonic() < self._drains_by and self._master.state.pool.take_clients():
+            return False
+        self._drains_by = inf
+        return True
 
     def _change(self, verb: str, client: ControlClient) -> None:
         # Twice: the one that is under way, and this one.

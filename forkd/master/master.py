@@ -187,9 +187,9 @@ class Master:
         if now > self._expected + LATE:
             log.warning("event loop was delayed %.1f s (machine suspended?)", now - self._expected)
             self.state.awake_since = now
-        self._look_for_events()
+        change_at = self._look_for_events(now)
         asked_until = self._pool.questions.forget_finished()  # first: what is over by now is answered now
-        self._requests.answer_waiting()
+        answer_at = self._requests.answer_waiting()
         candidate = self._changes.candidate_view(self.state.generation.settings.boot_timeout)
         due = plan.make_plan(now, self.state.view(now, candidate))
         notify_at = self._manager.notify(now, self._changes.under_way)
@@ -202,7 +202,8 @@ class Master:
             self._expected = now
             return
         again = now if self.state.control.has_requests() else None
-        wanted = (again, due.deadline, notify_at, asked_until, self._orphans.advance(now), look_at, admin_at)
+        orphans_at = self._orphans.advance(now)
+        wanted = (again, due.deadline, notify_at, asked_until, answer_at, orphans_at, look_at, admin_at, change_at)
         deadline = min((when for when in wanted if when is not None), default=None)
         timeout = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
         self._expected = inf if deadline is None else deadline
@@ -433,15 +434,16 @@ class Master:
         except BootError as error:
             self._generation_failed(generation.number, error, had_served=False)
 
-    def _look_for_events(self) -> None:
-        """The events that are states of the pool."""
+    def _look_for_events(self, now: float) -> float | None:
+        """The events that are states of the pool; when to look again at the latest, None for no need."""
         if self.state.master_state is MasterState.STARTING and self.state.all_serve():
             self._on_event(MasterEvent.ALL_READY)
             self._changes.fit_sockets(self.state.wanted, shrink=True)
             self.state.entry_points.on_ready()
-        self._changes.advance()
+        again = self._changes.advance(now)
         if not self.state.workers and not self._orphans:
             self._on_event(MasterEvent.EMPTY)
+        return again
 
     def _on_event(self, event: MasterEvent) -> None:
         state = self.state

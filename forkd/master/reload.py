@@ -1,8 +1,9 @@
 """How one generation of workers gives way to the next, or does not: reloads, upgrades, and what a reload would change.
 
 A reload is a transaction. A helper process reads the settings again, says which listeners it keeps and binds what is
-new; then a whole generation, the candidate, boots beside the one that serves; when all of it is ready it takes over.
-Whatever goes wrong on the way, the generation that serves has not been touched. An upgrade tries the new code in a
+new; then a whole generation, the candidate, boots beside the one that serves; when all of it is ready it takes over,
+and the reload is done as soon as the workers that it replaces take no more clients. Whatever goes wrong before, the
+generation that serves has not been touched. An upgrade tries the new code in a
 helper, replaces the master's image, and reloads. `Changes` has one change under way at a time: what is asked meanwhile
 is done after it, once, however often it was asked.
 
@@ -33,7 +34,7 @@ from forkd.master.plan import Candidate
 from forkd.master.spawn import HELPER, Exit, Worker
 from forkd.master.state import DaemonState
 from forkd.master.upgrade import changed_file, replace_image, try_or_tell
-from forkd.master.workers import WorkerPool
+from forkd.master.workers import DRAINING_SECONDS, WorkerPool
 from forkd.messages import (
     BoundEvent,
     ChangedReply,
@@ -123,7 +124,8 @@ class Change:
         bound: the latter.
         differences: what its helper says that a reload would change.
         failure: why its helper says that it failed.
-        candidate: the generation that boots, once its helper has ended well.
+        candidate: the generation that boots, once its helper has ended well, until it takes over.
+        done_by: when it is done, of a generation that has taken over, whatever the workers before it do.
     """
 
     verb: str
@@ -136,6 +138,7 @@ class Change:
     differences: list[str] = field(default_factory=list)
     failure: FailedEvent | None = None
     candidate: Generation | None = None
+    done_by: float | None = None
 
     def take_event(self, event: ChildEvent | InvalidMessage, channel: Channel, present: Generation) -> None:
         """Takes what its helper has sent.
@@ -214,7 +217,7 @@ class Changes:
     def candidate_view(self, boot_timeout: float) -> Candidate | None:
         """The candidate as the plan sees it: with no workers wanted while a helper prepares it."""
         change = self.current
-        if change is None:
+        if change is None or change.done_by is not None:
             return None
         if change.candidate is None:
             return Candidate(change.number, 0, boot_timeout)
@@ -244,22 +247,30 @@ class Changes:
         """In a new image of the master: the second half of the upgrade that brought it."""
         self._begin(Change(RELOAD, clients=clients))
 
-    def advance(self) -> None:
-        """Lets the candidate take over when all of it serves; begins what has waited, when nothing is under way."""
+    def advance(self, now: float) -> float | None:
+        """Lets the candidate take over when all of it serves; ends the change when the workers before it take no more
+        clients; begins what has waited, when nothing is under way.
+
+        Args:
+            now: the time.
+
+        Returns:
+            When to look again; None for no need.
+        """
         change = self.current
-        if change is None and self._next is not None and self._state.master_state is MasterState.RUNNING:
+        if change is not None and change.candidate is not None:
+            wanted = self._wanted_by(change.candidate.settings)
+            if self._pool.serves(change.number, wanted):
+                self._take_over(change.candidate)
+                change.candidate, change.done_by = None, now + DRAINING_SECONDS
+        if change is not None and change.done_by is not None:
+            if now < change.done_by and self._pool.take_clients(before=change.number):
+                return change.done_by
+            self._succeed(change)
+        if self.current is None and self._next is not None and self._state.master_state is MasterState.RUNNING:
             following, self._next = self._next, None
             self._begin(following)
-        if change is None or change.candidate is None:
-            return
-        wanted = self._wanted_by(change.candidate.settings)
-        if self._pool.serves(change.number, wanted):
-            self._take_over(change.candidate)
-            self._state.change_failure, self._state.changed_at = "", time.time()
-            self._state.change_counts["success"] += 1
-            log.info("%s: done, generation %d serves", change.verb, change.number)
-            self._end(change, ChangedReply(change.number, wanted))
-            self._release_sockets()
+        return None
 
     def helper_said(self, helper: Worker, said: ChildEvent | InvalidMessage) -> None:
         """Takes a message of a helper; one of a former change is ignored."""
@@ -322,6 +333,8 @@ class Changes:
     def cancel(self, why: str) -> None:
         """Ends what is under way and what waits: the daemon stops."""
         waiting, self._next = self._next, None
+        if self.current is not None and self.current.done_by is not None:
+            self._succeed(self.current)
         self.fail(why, level=logging.INFO)
         if waiting is not None:
             self._end(waiting, ErrorReply(why))
@@ -419,6 +432,14 @@ class Changes:
         state.share_control_socket()
         self._log_files.switch(before, candidate)
         self._pool.slots.pop(before.number, None)
+
+    def _succeed(self, change: Change) -> None:
+        """Ends a change whose generation has taken over."""
+        self._state.change_failure, self._state.changed_at = "", time.time()
+        self._state.change_counts["success"] += 1
+        log.info("%s: done, generation %d serves", change.verb, change.number)
+        self._end(change, ChangedReply(change.number, self._state.wanted))
+        self._release_sockets()
 
     def _release_sockets(self) -> None:
         """Closes the datagram sockets that were bound for workers that are not wanted any more."""

@@ -60,6 +60,7 @@ class Worker:
     since: float  # when it got into this state
     forked_at: float
     ready_at: float | None = None
+    takes_clients: bool = False  # from when it is ready until it has said that it drains
     killed_in: WorkerState | None = None  # its state when it was killed
     readable: bool = True  # whether its channel is read
     dumped_at: float = -inf  # when it was last told to write its stacks

@@ -37,7 +37,7 @@ from forkd.system.log_writer import UnwrittenLog
 from forkd.system.scoreboard import Field, Scoreboard
 
 #: The version of the snapshot's format; this code reads no other.
-FORMAT = 9
+FORMAT = 10
 
 #: What reading raises where something is missing, or is not what it should be.
 _WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
@@ -244,8 +244,8 @@ def _listeners_of(plain: list[dict[str, Any]], listeners: Sequence[Listener]) ->
 
 #: Fields of a worker that are handed over as they are.
 _SAME = (
-    "pid", "slot", "generation", "stderr", "since", "forked_at", "ready_at", "readable", "recycle_reason", "cause",
-    "partial_line", "drain_timeout", "stall_timeout", "closed_listeners", "listeners",
+    "pid", "slot", "generation", "stderr", "since", "forked_at", "ready_at", "readable", "takes_clients",
+    "recycle_reason", "cause", "partial_line", "drain_timeout", "stall_timeout", "closed_listeners", "listeners",
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from forkd.messages import (
     ChildEvent,
     CloseCommand,
     DrainCommand,
+    DrainingEvent,
     FailedEvent,
     InvalidMessage,
     JsonObject,
@@ -93,6 +94,10 @@ CAUSES = ("boot", "boot_timeout", "stalled", "drain_timeout", "out_of_memory", "
 
 #: What the end of one that was told to end counts as.
 EXPECTED = "expected"
+
+#: Seconds for which workers that were told to drain are waited for until they take no more clients. One that stands
+#: still for longer takes none either.
+DRAINING_SECONDS = 1.0
 
 _TELL_AGAIN = 60.0  # seconds after which a failed boot is logged in full again
 
@@ -192,6 +197,10 @@ class WorkerPool:
         ]
         serving = {worker.slot for worker in present if worker.state is WorkerState.SERVING}
         return len(present) == wanted and serving == set(range(1, wanted + 1))
+
+    def take_clients(self, before: float = inf) -> bool:
+        """Whether a worker of a generation before this one may take one more client."""
+        return any(worker.takes_clients and worker.generation < before for worker in self.workers.values())
 
     def spawn(self, slot: int, generation: int, main: ChildMain, listeners: Sequence[str] = ()) -> None:
         """Forks a child, which serves at these addresses.
@@ -345,10 +354,7 @@ class WorkerPool:
             return
         match event:
             case ReadyEvent():
-                if worker.state is WorkerState.BOOTING:
-                    worker.ready_at = time.monotonic()
-                    log.info("worker %d is ready, pid %d", worker.slot, worker.pid, extra={"worker": worker.slot})
-                _change_state(worker, WorkerEvent.READY)
+                _note_ready(worker)
             case FailedEvent():
                 reason, details = shorten(event.reason, _MOST_REASON), shorten(event.details, _MOST_DETAILS)
                 worker.cause = f"could not boot: {reason}"
@@ -357,6 +363,8 @@ class WorkerPool:
                 if not worker.recycle_reason:
                     worker.recycle_reason = shorten(why, 200) or "it says so"
                     log.info("worker %d (pid %d) is to be replaced: %s", worker.slot, worker.pid, worker.recycle_reason)
+            case DrainingEvent():
+                worker.takes_clients = False
             case CertificatesEvent():
                 self._events.append(CertificatesTold(worker, event))
             case AnswerEvent():
@@ -543,6 +551,13 @@ def exit_message(worker: Worker, ended: Exit, told_by: int = 0) -> str:
     text += f", {worker.cause}" if worker.cause else ""
     details = worker.failure.details.rstrip() if worker.failure is not None else ""
     return text + (f"\n{details}" if details else "")
+
+
+def _note_ready(worker: Worker) -> None:
+    if worker.state is WorkerState.BOOTING:
+        worker.ready_at, worker.takes_clients = time.monotonic(), True
+        log.info("worker %d is ready, pid %d", worker.slot, worker.pid, extra={"worker": worker.slot})
+    _change_state(worker, WorkerEvent.READY)
 
 
 def _change_state(worker: Worker, event: WorkerEvent) -> None:

@@ -31,6 +31,7 @@ from forkd.messages import (
     CertificatesEvent,
     CloseCommand,
     DrainCommand,
+    DrainingEvent,
     FailedEvent,
     InvalidMessage,
     ListenerCommand,
@@ -478,6 +479,8 @@ class WorkerProcess:
             if self._boot is not None:
                 self._boot.cancel()
             self._show_title()
+            with contextlib.suppress(ChannelClosed):  # as in `_ask_for_recycling`
+                self._context.channel.send(DrainingEvent())
         deadline = self.loop.time() + seconds
         if not self._deadline or deadline < self._deadline:
             self._deadline = deadline

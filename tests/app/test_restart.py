@@ -210,7 +210,7 @@ def test_restart_that_fails_leaves_the_old_daemon_untouched(harness: Harness, tm
     site.code("later")
     site.write(listen=listeners)
     assert daemon.command("restart").returncode == 0
-    site.wait_greeted("later")
+    assert site.greet()[1] == "later"
 
 
 def test_restart_survives_the_death_of_the_new_master(harness: Harness, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_restart_survives_the_death_of_the_new_master(harness: Harness, tmp_path
     untouched.check()
     site.code("later")
     assert site.daemon.command("restart").returncode == 0
-    site.wait_greeted("later")
+    assert site.greet()[1] == "later"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
@@ -248,6 +248,18 @@ def test_restart_whose_command_is_killed_is_still_whole(harness: Harness, signum
     assert echoes(client)
     client.close()
     wait_end(master)
+
+
+@pytest.mark.parametrize("verb", ["reload", "upgrade", "restart"])
+def test_no_worker_of_the_code_before_takes_a_client_after_a_change(harness: Harness, verb: str) -> None:
+    daemon = harness.daemon(target="busy:SlowTurns").start()
+    clients = [harness.connect(daemon) for _ in range(6)]
+    eventually(lambda: all(one["clients"] for one in daemon.status()["workers"]), what="a client of each worker")
+    before = daemon.workers().values()
+    result = daemon.command(verb)
+    assert result.returncode == 0, result.stderr
+    assert all("draining" in title(pid) for pid in before)
+    assert all(echoes(client) for client in clients)
 
 
 def test_restart_and_other_changes_exclude_each_other(harness: Harness) -> None:
@@ -272,7 +284,7 @@ def test_restart_and_other_changes_exclude_each_other(harness: Harness) -> None:
         let(2)
         assert outcome(asked)[0] == 0
     assert echoes(client)
-    site.wait_greeted("later")
+    assert site.greet()[1] == "later"
     with site.gate("their") as let:
         asked = site.begin("reload")
         wait_at_gate(lambda: daemon.workers("booting").values(), 2)

@@ -108,6 +108,19 @@ class SlowCallbacks(SlowEcho):
         asyncio.get_running_loop().call_soon(super().data_received, data)
 
 
+class SlowTurns(OwnLines):
+    """Takes its time again and again, while its client is there."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.work_on()
+
+    def work_on(self) -> None:
+        if not self.transport.is_closing():
+            time.sleep(10 * SLOW)
+            asyncio.get_running_loop().call_later(SLOW / 10, self.work_on)
+
+
 class SlowDatagrams(asyncio.DatagramProtocol):
     """Takes its time over each datagram."""
 

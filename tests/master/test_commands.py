@@ -26,7 +26,7 @@ from forkd.master.plan import GRACE, STACKS
 from forkd.master.spawn import Worker
 from forkd.master.state import DaemonState
 from forkd.master.upgrade import LaunchContext
-from forkd.master.workers import Question
+from forkd.master.workers import DRAINING_SECONDS, Question
 from forkd.messages import (
     AcceptedReply,
     ClientsReply,
@@ -61,6 +61,7 @@ class Stand:
     notifier: Notifier = field(default_factory=lambda: Notifier({}))
     stop_timeout: float = 36.0
     drained: bool = False
+    accepting: bool = False  # whether a worker takes clients
     board: Any = None
     launch: LaunchContext = field(default_factory=lambda: LaunchContext("/", detached=True, lock=-1))
     generation: Generation = field(default_factory=lambda: Generation(1, Settings(listen=()), [], -1))
@@ -76,6 +77,9 @@ class Stand:
     @property
     def pool(self) -> Stand:
         return self
+
+    def take_clients(self) -> bool:
+        return self.accepting
 
     def ask(self, query: Query) -> Question:
         self.told.append(query)
@@ -377,6 +381,27 @@ def test_successor_that_says_so_stops_the_daemon_once(asking: Asking) -> None:
     asking.requests.answer_waiting()
     asking.requests.answer_waiting()
     assert asking.master.told[1:] == [(Command.STOP, "forkd restart")]
+
+
+@pytest.mark.parametrize("stands", [False, True])
+def test_restart_is_answered_when_no_worker_takes_clients(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch, *, stands: bool
+) -> None:
+    asking.stand.accepting = True
+    now = monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    client = asking.ask({"verb": "stop", "succeeded": True})
+    again = asking.requests.answer_waiting()
+    assert (client, again) == ([], now + DRAINING_SECONDS)
+    if stands:
+        now += DRAINING_SECONDS
+    else:
+        asking.stand.accepting = False
+    assert asking.requests.answer_waiting() is None
+    assert client == [AcceptedReply(36.0)]
+    asking.stand.master_state = MasterState.OVER
+    asking.requests.answer_waiting()
+    assert client == [AcceptedReply(36.0), DoneReply()]
 
 
 def test_stop_before_the_successor_went_is_not_hastened(asking: Asking) -> None:

@@ -72,7 +72,7 @@ def test_reload_boots_a_candidate_that_then_takes_over(fake: FakeReload) -> None
     assert fake.changes.candidate_view(50.0) == Candidate(5, 3, 70.0)
     assert (candidate.number, candidate.settings.workers, candidate.log) == (5, 3, LOG)
     assert [one.address.scheme for one in candidate.bound] == ["tcp", "unix", "tcp"]
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert reached(fake.path / "old")
     assert reached(fake.path / "new")
     assert (fake.state.generation.number, asker) == (4, [])
@@ -83,8 +83,39 @@ def test_reload_boots_a_candidate_that_then_takes_over(fake: FakeReload) -> None
     assert (fake.changes.under_way, fake.changes.candidate, fake.changes.candidate_view(50.0)) == ("", None, None)
     assert fake.log_files.told == ["4 to 5"]
     assert 4 not in fake.pool.slots
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert len(asker) == 1
+
+
+def test_reload_is_done_when_the_workers_before_it_take_no_more_clients(fake: FakeReload) -> None:
+    asker = fake.ask("reload")
+    fake.boot()
+    fake.pool.replaced_take = True
+    fake.finish(now=100.0)
+    assert (fake.state.generation.number, asker) == (5, [])
+    assert (fake.changes.under_way, fake.changes.candidate_view(50.0)) == ("reload", None)
+    following = fake.ask("reload")
+    assert fake.changes.advance(100.5) == 101.0
+    assert (asker, len(fake.pool.helpers)) == ([], 1)
+    fake.pool.replaced_take = False
+    fake.changes.advance(100.6)
+    assert asker == [ChangedReply(5, 3)]
+    assert (following, len(fake.pool.helpers)) == ([], 2)
+
+
+@pytest.mark.parametrize("way", ["their time is over", "the daemon stops"])
+def test_workers_that_go_on_taking_clients_hold_up_no_reload(fake: FakeReload, way: str) -> None:
+    asker = fake.ask("reload")
+    fake.boot()
+    fake.pool.replaced_take = True
+    fake.finish(now=100.0)
+    if way == "the daemon stops":
+        fake.changes.cancel(way)
+    else:
+        fake.changes.advance(101.0)
+    assert asker == [ChangedReply(5, 3)]
+    assert not fake.changes.under_way
+    assert fake.state.change_counts["success"] == 1
 
 
 def test_listener_that_is_kept_is_the_same_socket(
@@ -130,16 +161,15 @@ def test_changes_asked_meanwhile_are_made_once_afterwards(fake: FakeReload) -> N
     others = [fake.ask("reload") for _ in range(3)]
     assert len(fake.pool.helpers) == 1
     fake.boot()
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert len(fake.pool.helpers) == 1
     fake.finish()
     assert [len(first), *map(len, others)] == [1, 0, 0, 0]
-    fake.changes.advance()
     assert len(fake.pool.helpers) == 2
     assert fake.changes.candidate_view(1.0) == Candidate(6, 0, 1.0)
     fake.end_helper(status=256)
     assert [one.succeeded for one in (first, *others)] == [[True]] + [[False]] * 3
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert len(fake.pool.helpers) == 2
 
 
@@ -149,7 +179,7 @@ def test_upgrade_that_waits_does_all_that_a_reload_would(fake: FakeReload, verbs
     for verb in verbs:
         fake.ask(verb)
     fake.fail_boot()
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert fake.changes.under_way == "upgrade"
 
 
@@ -165,19 +195,19 @@ def test_diff_is_answered_at_once_or_refused(fake: FakeReload) -> None:
     assert busy.succeeded == [False]
     assert "reload" in busy.errors[0]
     fake.fail_boot()
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert len(fake.pool.helpers) == 2
 
 
 def test_change_waits_for_the_start_and_a_diff_does_not(fake: FakeReload) -> None:
     fake.state.master_state = MasterState.STARTING
     asker, curious = fake.ask("reload"), fake.ask("diff")
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert fake.pool.helpers == []
     assert curious.succeeded == [False]
     assert "starting" in curious.errors[0]
     fake.state.master_state = MasterState.RUNNING
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert fake.changes.under_way == "reload"
     assert asker == []
 
@@ -233,7 +263,7 @@ def test_change_that_ends_on_its_way_closes_what_it_bound(
         fake.say(late)
     if fake.helper.pid in fake.pool.workers:
         fake.end_helper()
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert untouched(fake)
     assert (len(asker), len(waiting), len(fake.pool.helpers)) == (1, 1, 1)
 

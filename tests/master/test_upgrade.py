@@ -51,7 +51,7 @@ def test_upgrade_goes_over_to_the_code_that_is_there_now(harness: Harness, tmp_p
     assert daemon.wait_workers(3, without=old.values()).keys() == {1, 2, 3}
     assert daemon.workers("draining") == old
     for address in ("", f"unix:{tmp_path / 'sock'}"):
-        site.wait_greeted("later", address)
+        assert site.greet(address)[1] == "later"
     assert all(echoes(client) for client in clients)
     assert int((daemon.run_directory / "pid").read_text()) == daemon.pid
     assert daemon.command("start").stdout == f"tested is already running, pid {daemon.pid}\n"
@@ -141,12 +141,12 @@ def test_preloaded_code_changes_by_an_upgrade_not_a_reload(harness: Harness) -> 
     assert "preload" in daemon.command("reload").stderr
     site.write(preload=True)
     assert daemon.command("upgrade").returncode == 0
-    site.wait_greeted("later")
+    assert site.greet()[1] == "later"
     site.write(preload=False)
     assert daemon.command("upgrade").returncode == 0
     site.code("third")
     assert daemon.command("reload").returncode == 0
-    site.wait_greeted("third")
+    assert site.greet()[1] == "third"
 
 
 def test_upgrades_that_are_asked_for_during_one_are_done_with_it(harness: Harness) -> None:

@@ -76,7 +76,7 @@ def test_upgrade_without_a_new_image_fails_and_the_next_begins(fake: FakeReload,
     fake.end_helper()
     assert asker.errors == ["can't run python: Exec format error"]
     assert waiting == []
-    fake.changes.advance()
+    fake.changes.advance(0.0)
     assert fake.changes.under_way == "reload"
     fake.boot()
     fake.finish()
@@ -139,7 +139,7 @@ def test_client_gets_one_outcome_whatever_happens(
                 fake.state.master_state = MasterState.DRAINING
                 fake.changes.cancel("the daemon stops")
             elif step == "look":
-                fake.changes.advance()
+                fake.changes.advance(0.0)
             elif current is not None and step == "fail":
                 fake.fail_boot()
             elif current is not None and step == "boot" and fake.helper.pid in fake.pool.workers:

@@ -17,7 +17,16 @@ from forkd import drain
 from forkd.config.address import parse_address
 from forkd.config.listener import Listener
 from forkd.config.settings import Recycle, Settings
-from forkd.messages import ChildEvent, JsonObject, LogCommand, ReadyEvent, WornEvent, decode_event, to_plain
+from forkd.messages import (
+    ChildEvent,
+    DrainingEvent,
+    JsonObject,
+    LogCommand,
+    ReadyEvent,
+    WornEvent,
+    decode_event,
+    to_plain,
+)
 from forkd.serve import worker as module
 from forkd.serve.handlers import Handler
 from forkd.serve.worker import WorkerContext, WorkerProcess
@@ -216,6 +225,7 @@ def test_a_worker_that_drains_has_nothing_more_to_tell(start_worker: Callable[..
     running = start_worker(connections=1)
     running.greeted()
     running.worker.drain()
+    assert running.beat() == [DrainingEvent()]
     assert running.beat() == []
 
 

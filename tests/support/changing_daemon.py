@@ -90,12 +90,6 @@ class Changing:
         client = self.harness.connect(address or self.daemon)
         return client, read(client, WORD).decode()
 
-    def wait_greeted(self, word: str, address: str = "") -> None:
-        """Waits until new clients are greeted with this word. A worker of the code before, when it is told to drain,
-        takes one more client that it alone may know of.
-        """
-        eventually(lambda: self.greet(address)[1] == word, what=f"clients greeted with {word!r}")
-
     def crowd(self, *addresses: str) -> list[socket.socket]:
         """New clients of each address, as many as it takes for every worker to have one."""
         clients: list[socket.socket] = []
@@ -155,7 +149,7 @@ class Untouched:
         self.site.code("later")
         result = self.daemon.command(verb)
         assert result.returncode == 0, result.stderr
-        self.site.wait_greeted("later")
+        assert self.site.greet()[1] == "later"
         assert echoes(self.client)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.support.clients import dial, is_free
 from tests.support.paths import HANDLERS
-from tests.support.processes import DEADLINE, descendants, eventually, has_another_owner, parent_of, title, wait_end
+from tests.support.processes import DEADLINE, descendants, eventually, has_another_owner, parent_of, wait_end
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _RECORD = re.compile(r'(?:\d{4}-\d\d-\d\dT\S+Z [A-Z]+ |\{"time": ).*(?:\n  \| .*)*')
@@ -95,22 +95,7 @@ class Daemon:
     def command(self, verb: str, *more: object, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Runs a command about this daemon."""
         options = self.options if verb in ("run", "start", "restart", "check") else []
-        done = forkd(verb, *self.target, *self.identity, *options, *more, cwd=self.directory, seconds=seconds)
-        if verb in ("reload", "upgrade") and not done.returncode:
-            self._wait_replaced()
-        return done
-
-    def _wait_replaced(self) -> None:
-        """Waits until the workers that were replaced take no more clients: one of those may be the next client's, which
-        would hear from the code before. A worker that stands still is not waited for.
-        """
-
-        def drain() -> bool:
-            replaced = [one["pid"] for one in self.status()["workers"] if one["state"] == "draining"]
-            return all(re.search("draining|ending|^$", title(pid)) for pid in replaced)
-
-        with contextlib.suppress(AssertionError, OSError):
-            eventually(drain, 1.0)
+        return forkd(verb, *self.target, *self.identity, *options, *more, cwd=self.directory, seconds=seconds)
 
     def start(self) -> Daemon:
         """Starts it in the background."""

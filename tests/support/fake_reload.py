@@ -60,12 +60,16 @@ class FakeWorkerPool:
         self.handler_metrics = SeriesTotals()
         self.exit_counts: dict[str, int] = {}
         self.complete: tuple[int, int] | None = None  # the generation that serves with so many
+        self.replaced_take: bool = False  # whether those before it take clients yet
         self.fork_error: BootError | None = None
         self.helpers: list[Worker] = []
         self.mains: list[ChildMain] = []
 
     def serves(self, generation: int, wanted: int) -> bool:
         return self.complete == (generation, wanted)
+
+    def take_clients(self, before: int) -> bool:
+        return self.replaced_take
 
     def add(self, slot: int, generation: int, state: WorkerState = WorkerState.BOOTING) -> Worker:
         pid = 1000 + len(self.helpers) + len(self.workers)
@@ -218,14 +222,14 @@ class FakeReload:
         assert self.changes.candidate is not None
         return self.changes.candidate
 
-    def finish(self) -> None:
+    def finish(self, now: float = 0.0) -> None:
         """Has the candidate take over."""
         candidate = self.changes.candidate
         assert candidate is not None
         view = self.changes.candidate_view(1.0)
         assert view is not None
         self.pool.complete = (candidate.number, view.wanted)
-        self.changes.advance()
+        self.changes.advance(now)
 
     def fail_boot(self) -> None:
         """A worker of the change that is under way dies."""
