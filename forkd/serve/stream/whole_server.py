@@ -483,6 +483,7 @@ class WholeServer:
         unix_sockets = getattr(self._loop, "_unix_server_sockets", {})
         for sock in self.sockets:
             unix_sockets.pop(sock, None)
+        self._take_from_loop()
         self._stopping = self._begin_task(self._stop(asks_itself=drain.is_awaited()))
         self._stopping.add_done_callback(lambda _: on_done())
 
@@ -497,7 +498,6 @@ class WholeServer:
         return self._stopping is not None and self._stopping.done()
 
     async def _stop(self, *, asks_itself: bool) -> None:
-        self._take_from_loop()
         if self.connections.are_open:  # a library may close those that have not said anything yet
             await asyncio.sleep(_FIRST_WORDS)
         ending: list[asyncio.Task[None]] = [self._loop.create_task(self._end(one)) for one in self._stoppable]
