@@ -7,13 +7,18 @@ import os
 import socket
 import socketserver
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Coroutine
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from forkd.drain import draining
 
 log = logging.getLogger("blocking")
+
+may_return = threading.Event()
 
 
 def echo(sock: socket.socket, address: Any) -> None:
@@ -69,6 +74,12 @@ def ends(sock: socket.socket, address: Any) -> None:
         sock.close()
         sock = socket.socket()  # which gets its number
         sock.close()
+    if word == "work":  # that its client is not to wait for
+        sock.sendall(b"last word")
+        sock.close()
+        may_return.wait(20)
+    if word == "done":
+        may_return.set()
     if word == "wait":
         sock.sendall(b"waiting")
         sock.recv(100)
@@ -92,3 +103,24 @@ def busy(sock: socket.socket, address: Any) -> None:
 def who(sock: socket.socket, address: Any) -> None:
     """Says who the client is, and what it has said."""
     sock.sendall(f"{address} ".encode() + sock.recv(100))
+
+
+def much(sock: socket.socket, address: Any) -> None:
+    """Sends much, by the call that its client names."""
+    call = sock.recvfrom(100)[0].decode()
+    data = bytes(1_000_000)
+    if call == "sendfile":
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            sock.sendfile(file)
+    else:
+        getattr(sock, call)(data)
+
+
+def forgets_await(sock: socket.socket, address: Any) -> Coroutine[Any, Any, None]:
+    """Makes a coroutine, and runs nothing."""
+
+    async def serve() -> None:
+        sock.sendall(b"never")
+
+    return serve()

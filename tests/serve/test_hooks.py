@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients import read
 from tests.support.daemon import Daemon, Harness
 from tests.support.once_process import OnceProcess
 from tests.support.processes import eventually
@@ -179,6 +180,13 @@ CONTEXTUAL = ("setup=contextual:prepare", "listen.factory=true")
 def test_context_variables_of_a_boot_hold_for_clients(harness: Harness) -> None:
     daemon = harness.daemon(target="contextual:make", workers=1, settings=CONTEXTUAL).start()
     assert harness.connect(daemon).recv(100) == b"0.33333 setup factory"
+
+
+def test_each_client_of_a_thread_has_its_context_variables(harness: Harness) -> None:
+    settings = (*CONTEXTUAL, "listen.threads=1")
+    daemon = harness.daemon(target="contextual:make_blocking", workers=1, settings=settings).start()
+    for _ in range(2):
+        assert read(harness.connect(daemon), 100) == b"0.33333 setup factory nobody"
 
 
 Single = Callable[..., OnceProcess]

@@ -154,18 +154,18 @@ class HandedOver:
             return kernel_activity(info, self._opened, now, stalled)._replace(
                 has_received=info.bytes_received > self.received_before
             )
-        stalled, stamps = self._look_for_stall(0, now), self.stamps
-        if stamps is None:  # nothing is known of what a program does with a unix socket
-            return ConnectionActivity(self._opened, True, now, now, stalled)
+        if (stamps := self.stamps) is None:  # nothing is known of what a program does with a unix socket
+            return ConnectionActivity(self._opened, True, now, now, self._look_for_stall(0, now))
+        stalled = self._look_for_stall(stamps.bytes_out, now)
         with contextlib.suppress(OSError):
             if unread_bytes(self._sock):  # since when it is there is not known
                 return ConnectionActivity(self._opened, True, now, stamps.last_sent, stalled)
         return ConnectionActivity(self._opened, stamps.bytes_in > 0, stamps.last_received, stamps.last_sent, stalled)
 
-    def _look_for_stall(self, acked: int, now: float) -> float:
+    def _look_for_stall(self, sent: int, now: float) -> float:
         """Since when the client has taken nothing of what is unsent; 0 where nothing is."""
         try:
-            progress = acked, unacknowledged_bytes(self._sock)
+            progress = sent, unacknowledged_bytes(self._sock)
         except OSError:  # it has gone in this moment
             return 0.0
         if not progress[1]:

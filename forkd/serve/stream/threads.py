@@ -3,18 +3,23 @@
 A worker has so many threads for a listener (`threads`), which it starts when they are first wanted and keeps. It takes
 no more clients of the listener than that (`accept.limits`), so none waits here while another worker has a thread free.
 The handler gets a blocking socket with a descriptor of its own, to close, wrap or pass on as it likes; the loop keeps
-another (`handed_over`). An eventfd wakes the loop when a thread is done.
+another (`handed_over`). An eventfd wakes the loop when a thread is done. Each client has its own copy of the context
+variables that the worker's boot has set, as it would in a task.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextvars import copy_context
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any, Self
 
 from forkd.config.address import Address
@@ -27,6 +32,9 @@ from forkd.serve.stream.handed_over import HandedOver, HandOverServer
 from forkd.serve.stream.tls import TlsContexts, handshake_bytes, handshake_reason, load_contexts, say_end
 from forkd.serve.stream.transport import ServerContext
 from forkd.system.process import flush_output
+
+#: Bytes that are sent between two notes that something was.
+_PIECE = 65_536
 
 #: Serves one client, by its socket and address, and returns when it is done.
 BlockingHandler = Callable[[socket.socket, Any], object]
@@ -117,24 +125,85 @@ class StampedSocket(ClientSocket):
         self.stamps.note_received(count)
         return count
 
+    def recvfrom(self, *args: Any) -> Any:
+        found = super().recvfrom(*args)
+        self.stamps.note_received(len(found[0]))
+        return found
+
+    def recvfrom_into(self, *args: Any) -> Any:
+        found = super().recvfrom_into(*args)
+        self.stamps.note_received(found[0])
+        return found
+
     def recvmsg(self, *args: Any) -> Any:
         found = super().recvmsg(*args)
         self.stamps.note_received(len(found[0]))
         return found
 
-    def send(self, *args: Any) -> int:
-        count = super().send(*args)
+    def recvmsg_into(self, *args: Any) -> Any:
+        found = super().recvmsg_into(*args)
+        self.stamps.note_received(found[0])
+        return found
+
+    def send(self, data: Any, *args: Any) -> int:
+        if self.gettimeout() is None and (size := memoryview(data).nbytes) > _PIECE:  # then it waits for all
+            self.sendall(data, *args)
+            return size
+        count = super().send(data, *args)
         self.stamps.note_sent(count)
         return count
 
     def sendall(self, data: Any, *args: Any) -> None:
-        super().sendall(data, *args)
-        self.stamps.note_sent(memoryview(data).nbytes)
+        limit, began = self.gettimeout(), monotonic()
+        with memoryview(data) as view, view.cast("B") as rest:
+            for at in range(0, len(rest), _PIECE):
+                if at and limit and monotonic() - began > limit:  # which is the limit of the whole
+                    raise TimeoutError("timed out")
+                piece = rest[at : at + _PIECE]
+                super().sendall(piece, *args)
+                self.stamps.note_sent(len(piece))
 
-    def sendmsg(self, *args: Any) -> int:
-        count = super().sendmsg(*args)
+    def sendto(self, *args: Any) -> int:
+        count = super().sendto(*args)
         self.stamps.note_sent(count)
         return count
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        mine: Any = self
+        sent = 0
+        while count is None or sent < count:
+            rest = None if count is None else count - sent
+            try:
+                now: int = mine._sendfile_use_sendfile(file, offset + sent, min(rest or _PIECE, _PIECE))
+            except socket._GiveupOnSendfile:  # type: ignore[attr-defined]  # then by `send`
+                return sent + int(mine._sendfile_use_send(file, offset + sent, rest))
+            self.stamps.note_sent(now)
+            sent += now
+            if not now:
+                break
+        return sent
+
+
+class ClientTlsSocket(ssl.SSLSocket):
+    """A connection with TLS as its handler has it. When that closes it, the client is told, as of a `ClientSocket`."""
+
+    connection: ThreadConnection | None = None
+
+    @classmethod
+    def around(cls, sock: ClientSocket, contexts: TlsContexts) -> Self:
+        """One whose handshake is yet to be done, in the place of the socket. Raises OSError."""
+        made: Self = cls._create(  # type: ignore[attr-defined]
+            sock, server_side=True, do_handshake_on_connect=False, context=contexts.default
+        )
+        return made
+
+    def _real_close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None and connection.is_here:
+            say_end(self)
+        super()._real_close()  # type: ignore[misc]
+        if connection is not None:
+            connection.closed_by_handler()
 
 
 class ThreadConnection(HandedOver):
@@ -145,10 +214,11 @@ class ThreadConnection(HandedOver):
         thread: which thread that is; 0 before it runs.
     """
 
-    __slots__ = ("handlers_socket", "thread")
+    __slots__ = ("_context", "handlers_socket", "thread")
 
     def __init__(self, sock: socket.socket, peer: Any, server: ThreadServer) -> None:
         stamped = sock.family == socket.AF_UNIX and (server.check_every > 0 or server.access_log) and not server.has_tls
+        self._context = copy_context()
         self.handlers_socket = found = (StampedSocket if stamped else ClientSocket).of(sock)
         super().__init__(sock, peer, server)
         found.belong_to(self)
@@ -156,9 +226,18 @@ class ThreadConnection(HandedOver):
             self.stamps = found.stamps = ActivityStamps(sock, self._opened)
         self.thread = 0
 
+    def run(self, handle: BlockingHandler, sock: socket.socket) -> object:
+        """In its thread: what the handler returns."""
+        return self._context.run(handle, sock, self.peer)
+
     def begin_after_handshake(self) -> None:
         """In its thread: what came before this is no data of the client's."""
         self.received_before = handshake_bytes(self._sock)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is no process that a handler has forked."""
+        return self._sock.fileno() >= 0
 
     def closed_by_handler(self) -> None:
         """In its thread: the handler has closed its socket, and may go on with something else."""
@@ -248,9 +327,9 @@ class ThreadServer(HandOverServer):
             connection.thread = number
             try:
                 if self._contexts is None:
-                    self._handle(connection.handlers_socket, connection.peer)
+                    _check_result(connection.run(self._handle, connection.handlers_socket))
                 else:
-                    self._serve_with_tls(connection, self._contexts)
+                    _check_result(self._serve_with_tls(connection, self._contexts))
             except BaseException as raised:  # noqa: BLE001 (the handler's border: it may call sys.exit)
                 error = raised
             if os.getpid() != self._process:
@@ -262,11 +341,13 @@ class ThreadServer(HandOverServer):
                 self._woken = True
                 os.eventfd_write(self._event, 1)
 
-    def _serve_with_tls(self, connection: ThreadConnection, contexts: TlsContexts) -> None:
-        """In its thread: the handshake, the handler, and the end that TLS has. Raises what they raise."""
+    def _serve_with_tls(self, connection: ThreadConnection, contexts: TlsContexts) -> object:
+        """In its thread: the handshake, the handler, and the end that TLS has. Returns what the handler does; raises
+        what they raise.
+        """
         plain = connection.handlers_socket
         plain.settimeout(self._handshake_seconds)
-        with contexts.default.wrap_socket(plain, server_side=True, do_handshake_on_connect=False) as sock:
+        with ClientTlsSocket.around(plain, contexts) as sock:
             try:
                 sock.do_handshake()
             except (OSError, ValueError) as error:
@@ -274,8 +355,9 @@ class ThreadServer(HandOverServer):
                 raise HandshakeFailed(late if isinstance(error, TimeoutError) else handshake_reason(error)) from None
             sock.settimeout(None)
             connection.begin_after_handshake()
+            sock.connection = connection
             try:
-                self._handle(sock, connection.peer)
+                return connection.run(self._handle, sock)
             finally:
                 say_end(sock)
 
@@ -306,3 +388,14 @@ class ThreadServer(HandOverServer):
     def close_in_child(self) -> None:
         """In a forked process: closes what it shares with its parent."""
         os.close(self._event)
+
+
+def _check_result(made: object) -> None:
+    """Raises TypeError where a handler has done nothing, but returned what would have to be run."""
+    if inspect.iscoroutine(made):
+        made.close()
+        raise TypeError(
+            "the handler returned a coroutine, which nothing awaits; is it async def handle(reader, writer)?"
+        )
+    if inspect.isgenerator(made):
+        raise TypeError("the handler has a yield, and so does nothing when it is called")

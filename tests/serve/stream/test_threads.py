@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +95,29 @@ def test_deadlines_end_clients_whose_threads_block(harness: Harness, scheme: str
     assert counted(daemon, "errors") == 0
     for reason in DEADLINES:
         assert daemon.status()["totals"]["ended"][reason] == 1
+
+
+@pytest.mark.parametrize("call", ["sendall", "send", "sendfile"])
+def test_client_that_takes_much_slowly_is_not_idle(harness: Harness, call: str) -> None:
+    listen = f"unix:@{harness.directory}"
+    settings = ("log.access=true", "listen.timeouts.idle=500ms")
+    daemon = harness.daemon(target="blocking:much", listen=(listen,), workers=1, settings=settings).start()
+    client = harness.connect(daemon)
+    client.sendall(call.encode())
+    began, found = time.monotonic(), 0
+    while time.monotonic() < began + 0.75:
+        found += len(client.recv(8192))
+        select.select([], [], [], 0.01)
+    assert found + len(read(client, 1_000_000)) == 1_000_000
+    daemon.wait_log(rf"in {len(call)}, out 1000000, ")
+
+
+def test_function_that_returns_a_coroutine_is_an_error(harness: Harness) -> None:
+    daemon = harness.daemon(target="blocking:forgets_await", workers=1).start()
+    daemon.expect(r"ERROR .*: The handler failed\.(\n.*)*TypeError: the handler returned a coroutine")
+    assert at_end(harness.connect(daemon))
+    daemon.wait_clients(0)
+    assert counted(daemon, "errors") == 1
 
 
 def test_operator_sees_and_ends_a_client_of_a_thread(harness: Harness) -> None:

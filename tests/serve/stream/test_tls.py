@@ -127,6 +127,16 @@ def test_blocking_handler_ends_with_a_proper_end(harness: Harness, authority: Au
     daemon.wait_clients(0)
 
 
+def test_blocking_handler_that_closes_may_go_on(harness: Harness, authority: Authority) -> None:
+    daemon = start(harness, authority, handler="blocking:ends")
+    client, other = (TlsClient(harness.connect(daemon), client_context(authority)) for _ in range(2))
+    client.send(b"work")
+    assert client.rest() == b"last word"
+    other.send(b"done")
+    assert other.rest() == b""
+    daemon.wait_clients(0)
+
+
 def test_certificate_is_that_of_the_name_that_is_asked_for(harness: Harness, authority: Authority) -> None:
     exact, wild = authority.issue("exact", "mail.example.org"), authority.issue("wild", "*.example.org")
     own = authority.issue("own", "localhost")
