@@ -95,6 +95,17 @@ _ALL_SOCKETS, _ONE_SOCKET = "sockets", "sock"
 
 _PROTOCOL_METHODS = ("connection_made", "data_received", "datagram_received", "buffer_updated")
 
+#: What asyncio calls of a protocol, and awaits nothing of.
+_CALLBACKS = (
+    *_PROTOCOL_METHODS,
+    "connection_lost",
+    "eof_received",
+    "error_received",
+    "get_buffer",
+    "pause_writing",
+    "resume_writing",
+)
+
 
 class Handler(NamedTuple):
     """A handler and its form."""
@@ -309,8 +320,23 @@ def _recognize(target: Any, arguments: Mapping[str, Any], listener: Listener, ad
     if form == "server":
         _check_server(target, name, arguments, listener)
     else:
+        _check_body(target, name, form)
         _check_call(target, name, form, arguments)
     return Handler(form, partial(target, **arguments) if arguments else target)
+
+
+def _check_body(target: Any, name: str, form: Form) -> None:
+    """Raises HandlerError where calling it would run nothing of it."""
+    called = _unwrapped(target)
+    methods = {"socketserver": ("handle", "setup", "finish"), "protocol": _CALLBACKS, "datagram": _CALLBACKS}
+    if inspect.isclass(called):
+        for method in methods.get(form, ()):
+            if inspect.iscoroutinefunction(getattr(called, method, None)):
+                raise HandlerError(f"{name}: its {method} is async def, which nothing awaits; write it with def")
+    elif form in ("function", "streams", "protocol", "datagram"):
+        run = _hidden(called)
+        if inspect.isgeneratorfunction(run) or inspect.isasyncgenfunction(run):
+            raise HandlerError(f"{name} has a yield, and so does nothing when it is called")
 
 
 def check_protocol(made: object, factory: Any, method: str = "data_received") -> Any:
@@ -525,8 +551,28 @@ def _is_request_handler(target: object) -> bool:
     return issubclass(target, known.BaseRequestHandler) and not issubclass(target, known.DatagramRequestHandler)
 
 
+def _is_coroutine_function(target: Any) -> bool:
+    """Whether calling it gives a coroutine. Where it is called with a reader and a writer that may be hidden by a
+    decorator (functools.wraps).
+    """
+    if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None)):  # noqa: B004
+        return True
+    names = [one.name for one in _parameters(target)]
+    return inspect.iscoroutinefunction(_hidden(target)) and names[:2] == ["reader", "writer"]
+
+
+def _hidden(target: Any) -> Any:
+    """What is behind its decorators."""
+    try:
+        return inspect.unwrap(target)
+    except ValueError:  # an object that says so of itself
+        return target
+
+
 def _takes_socket(target: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a function wants to be called with a socket and an address, and can't be called without."""
+    """Whether a function wants to be called with a socket and an address, and can't be called without. One of a reader
+    and a writer has forgotten its async; one of start_response is an application of WSGI.
+    """
     try:
         signature = inspect.signature(target)
         signature.bind(None, None, **arguments)
@@ -535,8 +581,8 @@ def _takes_socket(target: Any, arguments: Mapping[str, Any]) -> bool:
     try:
         signature.bind(**arguments)
     except TypeError:
-        # One of a reader and a writer has forgotten its async.
-        return [*signature.parameters][:2] != ["reader", "writer"]
+        first, second, *_ = [*signature.parameters, "", ""]
+        return (first, second) != ("reader", "writer") and second != "start_response"
     return False
 
 
@@ -552,7 +598,7 @@ def _form(target: Any, arguments: Mapping[str, Any], name: str, address: Address
         raise HandlerError(f"{name} is one object of {kind}, and each client needs its own; give the class {kind}")
     if _is_server(given, arguments):
         return "server"
-    if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None)):  # noqa: B004
+    if _is_coroutine_function(target):
         return "streams"
     if callable(target):
         if address.takes_datagrams:
@@ -614,6 +660,8 @@ def _call_hint(target: Any, name: str, arguments: Mapping[str, Any]) -> str:
         return f"; give what it wants: args: {{{', '.join(f'{one}: ...' for one in given)}}}"
     if wanted == ["scope", "receive", "send"]:
         return "; an ASGI application is served by a server: handler: uvicorn:Server, args: {config: MODULE:CONFIG}"
+    if wanted[1:] == ["start_response"]:
+        return "; an application of WSGI is served by a server, such as hypercorn's: async def serve(sockets)"
     if wanted == ["reader", "writer"] and not inspect.iscoroutinefunction(target):
         return f"; a streams handler begins with async: async def {name.rpartition(':')[2]}({', '.join(wanted)})"
     return ""

@@ -82,8 +82,26 @@ class Server:
 
 server = Server()
 
+def decorated(function):
+    @functools.wraps(function)
+    def call(*given):
+        return function(*given)
+    return call
+
+wrapped = decorated(handle)
+
 def not_async(reader, writer):
     pass
+
+async def yields(reader, writer):
+    yield 1
+
+class Awaits(asyncio.Protocol):
+    async def data_received(self, data):
+        pass
+
+    async def shutdown(self):
+        pass
 
 class Plain:
     pass
@@ -144,6 +162,7 @@ def refusal(name: str, kind: str = "auto") -> HandlerError:
         ("partly", "streams"),
         ("server", "streams"),
         ("server.handle", "streams"),
+        ("wrapped", "streams"),
     ],
 )
 def test_a_handler_is_imported_and_its_form_told(package: Callable[..., str], attribute: str, form: str) -> None:
@@ -191,6 +210,9 @@ def test_a_kind_that_is_given_holds(package: Callable[..., str], attribute: str,
             "is an int, which is not callable; forkd hosts an asyncio.Protocol or asyncio.DatagramProtocol class",
         ),
         ("nothing", "auto", "is a NoneType, which is not callable"),
+        ("yields", "auto", "has a yield, and so does nothing when it is called"),
+        ("yields", "streams", "has a yield, and so does nothing when it is called"),
+        ("Awaits", "auto", "its data_received is async def, which nothing awaits; write it with def"),
         ("number", "streams", "is not a callable object"),
         ("text", "protocol", "is not a callable object"),
         ("hadnle", "auto", "has no attribute 'hadnle'"),
@@ -447,6 +469,19 @@ def factory(first=1, second=2):
 
 async def serve(sock, address):
     pass
+
+def yields(sock, address):
+    yield 1
+
+class Waits(socketserver.StreamRequestHandler):
+    async def handle(self):
+        pass
+
+class Application:
+    def __call__(self, environ, start_response):
+        return []
+
+application = Application()
 """
 
 
@@ -477,6 +512,9 @@ def test_handlers_that_block_are_told_apart(
         ("Lines", "function", "is a class; kind: function wants def handle(sock, address)"),
         ("serve", "function", "is async, and such a function runs in a thread; kind: function wants def handle"),
         ("with_room", "auto", "is called without arguments, but: missing a required argument: 'sock'"),
+        ("yields", "auto", "has a yield, and so does nothing when it is called"),
+        ("Waits", "auto", "its handle is async def, which nothing awaits; write it with def"),
+        ("application", "auto", "an application of WSGI is served by a server, such as hypercorn's"),
         ("with_room", "function", "is called with a socket and an address, but: missing a required argument: 'room'"),
     ],
 )
