@@ -302,7 +302,11 @@ class Program(ABC):
         reader, writer = os.pipe()
         try:
             os.set_blocking(reader, False)
-            self.pid = _start(command, (descriptor, writer), directory, environment)
+            try:
+                self.pid = _start(command, (descriptor, writer), directory, environment)
+            except (FileNotFoundError, PermissionError):  # it may have been put elsewhere, or back
+                _found.cache_clear()
+                self.pid = _start(command, (descriptor, writer), directory, environment)
         except BaseException:
             os.close(reader)
             raise

@@ -61,6 +61,22 @@ def test_program_serves_each_client_over_tcp_and_unix(harness: Harness) -> None:
         assert said(address, b"x" * 100_000) == b"x" * 100_000
 
 
+def test_program_that_is_replaced_is_found_again(harness: Harness) -> None:
+    first, second = harness.directory / "first", harness.directory / "second"
+    for directory in (first, second):
+        directory.mkdir()
+    (first / "tell").write_text("#!/bin/sh\necho told\n")
+    (first / "tell").chmod(0o755)
+    daemon = serving(harness, f"command: [tell], environment: {{PATH: '{first}:{second}:{os.defpath}'}}")
+    daemon.expect("ERROR .*: tell can't be started: No such file or directory")
+    (first / "tell").rename(first / "put aside")
+    assert said(daemon.address) == b""
+    (first / "put aside").rename(first / "tell")
+    assert said(daemon.address) == b"told\n"
+    (first / "tell").rename(second / "tell")
+    assert said(daemon.address) == b"told\n"
+
+
 def test_environment_tells_of_the_client(harness: Harness) -> None:
     unix = f"unix:@{harness.directory}"
     shows = f"command: [env], directory: {harness.directory}, environment: {{GIVEN: '1', PATH: /usr/bin:/bin}}"
