@@ -15,8 +15,10 @@ import errno
 import os
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from types import MappingProxyType
@@ -87,6 +89,7 @@ class TlsContexts:
             for name in own["names"]:
                 by_name.setdefault(name.lower(), default)
         if by_name or self._tell_name:
+            _report_no_names()
             default.sni_callback = self._choose
         self._by_name, self.default, self.certificates = by_name, default, certificates
 
@@ -127,6 +130,23 @@ class TlsContexts:
             with _told("tls.client_ca", tls.client_ca), readable(tls.client_ca, contents) as authorities:
                 context.load_verify_locations(authorities)
         return context, says
+
+
+@cache
+def _report_no_names() -> None:
+    """Has Python not print a traceback for each client that asks for a name that is not ASCII: before it calls a
+    `sni_callback` it decodes the name, and what that raises it can only report. The handshake fails, which is logged.
+    """
+    report = sys.unraisablehook
+
+    def report_others(found: sys.UnraisableHookArgs) -> None:
+        if found.exc_type is UnicodeDecodeError and (
+            isinstance(found.object, bytes) or "servername" in (found.err_msg or "")
+        ):
+            return
+        report(found)
+
+    sys.unraisablehook = report_others
 
 
 class _told:
@@ -567,5 +587,8 @@ def handshake_reason(error: OSError | ValueError) -> str:
     if isinstance(error, AT_END):
         return "the client has closed"
     if isinstance(error, ssl.SSLError):
-        return (_openssl_reason(error) or str(error)).replace("_", " ").lower()
+        reason = _openssl_reason(error) or str(error)
+        if reason == "CALLBACK_FAILED":
+            return "the name that the client asks for is not in ASCII"
+        return reason.replace("_", " ").lower()
     return (error.strerror if isinstance(error, OSError) else "") or str(error)

@@ -157,6 +157,24 @@ def test_certificate_is_that_of_the_name_that_is_asked_for(harness: Harness, aut
         assert echoes(client)
 
 
+@pytest.mark.parametrize("handler", ["forkd.builtin:Echo", "blocking:echo"])
+def test_name_that_is_not_ascii_is_refused_in_one_line(harness: Harness, authority: Authority, handler: str) -> None:
+    cert, key = authority.issue("localhost", "localhost")
+    file = harness.directory / "named.yaml"
+    tls = f"{{cert: {cert}, key: {key}, names: [{{cert: {cert}, key: {key}}}]}}"
+    file.write_text(f"listen: [{{address: 'tcp://127.0.0.1:0', handler: '{handler}', tls: {tls}}}]\n")
+    daemon = harness.daemon(target=file, listen=(), workers=1).start()
+    outgoing = ssl.MemoryBIO()
+    hello = client_context(authority).wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="unicode")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    client = harness.connect(daemon)
+    client.sendall(outgoing.read().replace(b"unicode", b"un\xefcode"))
+    assert len(read(client, 100)) == 7  # an alert
+    daemon.wait_log(r"\(handshake\): the name that the client asks for is not in ASCII")
+    assert "output" not in daemon.log.read_text()  # of what Python prints
+
+
 @pytest.mark.parametrize("mode", ["optional", "required"])
 def test_client_shows_a_certificate(harness: Harness, authority: Authority, mode: str) -> None:
     daemon = start(harness, authority, f"tls.client={mode}", f"tls.client_ca={authority.cert}")
