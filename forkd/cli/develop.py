@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import keyword
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from forkd import signals
+from forkd.cli.files import unit_word
 from forkd.cli.settings import settings_of
 from forkd.cli.target import source_of
-from forkd.errors import ForkdError, how_to_install, system_reason
+from forkd.errors import ForkdError, how_to_install, printable, system_reason
 from forkd.system.process import signal_when_parent_dies
 
 #: Milliseconds without a change after which those that came are one, and between two looks at the daemon.
@@ -35,9 +40,12 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]*", re.ASCII)
 def init(command: argparse.Namespace) -> int:
     """`forkd init`. What is there already is left alone, and an error."""
     directory = Path(command.directory)
-    name = directory.resolve().name.lower().replace("-", "_")
-    if not _NAME.fullmatch(name) or name == "forkd":
-        raise ForkdError(f"{directory.resolve().name!r} can't be a Python module's name; name another directory")
+    where = directory.resolve()
+    name = where.name.lower().replace("-", "_")
+    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise ForkdError(f"{where.name!r} can't be a Python module's name; name another directory")
+    if not str(where).isprintable():
+        raise ForkdError(f"{str(where)!r} can't stand in a settings file: it is not printable; name another directory")
     files = {
         f"{name}.yaml": _SETTINGS,
         f"{name}.py": _HANDLER,
@@ -47,15 +55,33 @@ def init(command: argparse.Namespace) -> int:
     there = [str(directory / file) for file in files if os.path.lexists(directory / file)]
     if there:
         raise ForkdError(f"left alone, since they are there: {', '.join(there)}; name another directory")
+    if _is_taken(name, where):
+        raise ForkdError(f"there is another Python module {name!r} already; name another directory")
+    words = {
+        "NAME": name,
+        "DIRECTORY": json.dumps(str(where), ensure_ascii=False),  # as YAML reads it, too
+        "FORKD": f"{unit_word(sys.executable)} -m forkd",
+        "SETTINGS": unit_word(str(where / f"{name}.yaml")).replace("$", "$$"),  # of variables (systemd.service(5))
+    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():
-            words = {"NAME": name, "DIRECTORY": str(directory.resolve()), "FORKD": f"{sys.executable} -m forkd"}
-            (directory / file).write_text(re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], text))  # noqa: B023
+            made = re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], text)
+            (directory / file).write_text(made, encoding="utf-8")
     except OSError as error:
         raise ForkdError(f"can't write the files: {system_reason(error)}") from None
-    print(f"{directory} has {', '.join(files)}; try: cd {directory} && forkd run --reload {name}.yaml")
+    enter = f"cd {shlex.quote(str(directory))}"
+    print(printable(f"{directory} has {', '.join(files)}; try: {enter} && forkd run --reload {name}.yaml"))
     return 0
+
+
+def _is_taken(name: str, directory: Path) -> bool:
+    """Whether a module that is not in a directory has a name: one of Python's own, or an installed one."""
+    if name == "forkd" or name in sys.stdlib_module_names:
+        return True
+    near = (directory, directory.parent, Path.cwd())
+    found = PathFinder.find_spec(name, [path for path in sys.path if Path(path).resolve() not in near])
+    return found is not None and found.origin is not None  # else it is a mere directory
 
 
 def run_and_reload(command: argparse.Namespace) -> int:
@@ -215,8 +241,8 @@ Wants=network-online.target
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart=@FORKD@ run @DIRECTORY@/@NAME@.yaml --run-directory %t/@NAME@
-ExecReload=@FORKD@ reload @DIRECTORY@/@NAME@.yaml --run-directory %t/@NAME@
+ExecStart=@FORKD@ run @SETTINGS@ --run-directory %t/@NAME@
+ExecReload=@FORKD@ reload @SETTINGS@ --run-directory %t/@NAME@
 RuntimeDirectory=@NAME@
 # A user that is there only while the daemon runs; it must be able to read the code and the interpreter.
 DynamicUser=yes

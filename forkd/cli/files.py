@@ -10,13 +10,14 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from forkd.cli.parser import SHELLS, make_parser
 from forkd.config.schema import json_schema, reference_page
-from forkd.errors import ForkdError, system_reason
+from forkd.errors import ForkdError, printable, system_reason
 
 #: Directories that are written, by what they are called in a checkout.
 DIRECTORIES = ("systemd", "etc/forkd")
@@ -59,8 +60,8 @@ def files(command: argparse.Namespace) -> int:
             (directory / path).write_text(text)
     except OSError as error:
         raise ForkdError(f"can't write the files: {system_reason(error)}") from None
-    print(f"{len(wanted)} files in {directory}; the units start {_installed_command()}")
-    if _installed_command().startswith(_HOMES):
+    print(printable(f"{len(wanted)} files in {directory}; the units start {_installed_command()}"))
+    if sys.executable.startswith(_HOMES):
         print("warning: the units can't see it there (ProtectHome); install forkd in /opt, say", file=sys.stderr)
     if not any(path.startswith("completions/") for path in wanted):
         print(f"warning: {_NO_SHTAB}", file=sys.stderr)
@@ -96,8 +97,15 @@ def _completion(shell: str) -> str:
 def _installed_command() -> str:
     """The path of the command that runs, in a form for units."""
     command = Path(sys.executable).with_name("forkd")
-    text = str(command) if os.access(command, os.X_OK) else f"{sys.executable} -m forkd"
-    return text.replace("%", "%%")
+    return unit_word(str(command)) if os.access(command, os.X_OK) else f"{unit_word(sys.executable)} -m forkd"
+
+
+def unit_word(text: str) -> str:
+    """A text as one word of a unit of systemd (systemd.syntax(7), systemd.unit(5))."""
+    word = text.replace("%", "%%")
+    if not re.search(r"[\s\"'\\;]", word):
+        return word
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _differs(path: Path, text: str) -> bool:

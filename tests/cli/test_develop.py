@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -39,6 +40,19 @@ def test_project_is_in_order_and_its_test_passes(project: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_project_is_in_order_wherever_it_is(tmp_path: Path) -> None:
+    directory = tmp_path / """a, b]: #$HOME %n 'c' "d" \\é;""" / "chat_room"
+    assert main(["init", str(directory)]) == 0
+    found = forkd("check", "chat_room.yaml", "--listen", "tcp://127.0.0.1:0", cwd=directory)
+    assert (found.returncode, found.stderr) == (0, "")
+    unit = (directory / "chat_room.service").rename(tmp_path / "chat_room.service").read_text()
+    (word,) = re.findall(r"forkd run (.*) --run-directory", unit)
+    assert word.replace("%%", "%").replace("$$", "$") == json.dumps(
+        str(directory / "chat_room.yaml"), ensure_ascii=False
+    )
+    test_unit_of_a_project_is_taken_by_systemd(tmp_path)
+
+
 def test_unit_of_a_project_is_taken_by_systemd(project: Path) -> None:
     needs_program("systemd-analyze")
     ran = subprocess.run(
@@ -62,13 +76,29 @@ def test_what_is_there_is_left_alone(project: Path, capsys: pytest.CaptureFixtur
     assert not (project / "chat_room.yaml").exists()
 
 
-@pytest.mark.parametrize("name", ["9lives", "a b", "forkd", "a.b"])
+@pytest.mark.parametrize("name", ["9lives", "a b", "class", "a.b"])
 def test_directory_that_names_no_module_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert main(["init", str(tmp_path / name)]) == 1
     assert capsys.readouterr().err == (f"forkd: {name!r} can't be a Python module's name; name another directory\n")
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["forkd", "json", "pytest"])
+def test_directory_with_the_name_of_a_module_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["init", str(tmp_path / name)]) == 1
+    said = f"forkd: there is another Python module {name!r} already; name another directory\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / name).exists()
+
+
+def test_directory_that_can_not_be_printed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(tmp_path / "\udce9" / "chat")]) == 1
+    assert "\\udce9/chat' can't stand in a settings file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # run --reload

@@ -26,6 +26,13 @@ def test_files_are_those_of_the_checkout_with_the_commands_path(tmp_path: Path) 
     assert {file.name for file in (tmp_path / "a/b/completions").iterdir()} == {f"forkd.{shell}" for shell in SHELLS}
 
 
+def test_units_have_a_path_of_any_characters_as_one_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", '/opt/my 100% \\ "venv"/bin/python')
+    assert main(["files", str(tmp_path)]) == 0
+    unit = (tmp_path / "systemd/forkd@.service").read_text()
+    assert 'ExecStart="/opt/my 100%% \\\\ \\"venv\\"/bin/python" -m forkd run ' in unit
+
+
 def test_files_that_differ_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["files", str(tmp_path)]) == main(["files", str(tmp_path)]) == 0
     mine = tmp_path / "systemd" / "forkd@.service"
