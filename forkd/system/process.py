@@ -31,7 +31,8 @@ _FLUSH_SECONDS = 0.5  # for files, after threads and atexit have had their time
 log = logging.getLogger("forkd.process")
 
 # It finds the process's argv by way of the environment, so it must look before that is changed.
-setproctitle.getproctitle()
+with contextlib.suppress(UnicodeDecodeError):  # an argument is of another encoding; it has found them
+    setproctitle.getproctitle()
 
 
 def flush_output() -> None:

@@ -25,6 +25,16 @@ from tests.support.daemon import Harness, forkd
 from tests.support.processes import DEADLINE, eventually, title, wait_end
 
 
+def test_file_with_a_name_of_another_encoding_is_taken(harness: Harness, tmp_path: Path) -> None:
+    file = tmp_path / "caf\udce9.yaml"
+    file.write_text("workers: 1\nlisten:\n  - {address: tcp://127.0.0.1:0, handler: forkd.builtin:Echo}\n")
+    daemon = harness.daemon(target=file, listen=(), workers=None).start()
+    assert echoes(harness.connect(daemon))
+    assert title(daemon.pid) == "forkd: tested master"
+    assert daemon.status()["source"] == str(file)
+    assert daemon.command("reload").returncode == 0
+
+
 def test_status_tells_stopped_running_and_dead_by_exit_status(harness: Harness) -> None:
     daemon = harness.daemon()
     stopped = daemon.command("status")
