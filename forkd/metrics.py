@@ -21,6 +21,7 @@ Keep `labels(...)` where it is used often: it looks up what was made before, or 
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Iterable
 from math import inf, isfinite
@@ -38,6 +39,7 @@ from forkd.system.handler_metrics import (
     MOST_LABELS,
     MetricCells,
     Series,
+    without_surrogates,
 )
 
 #: Upper bounds of a histogram's buckets unless it has its own: for seconds, from 1 ms to 10 s.
@@ -65,21 +67,24 @@ class _Registry:
         self.cells = MetricCells(worker.shared_region())
         self.metrics: dict[str, _Metric] = {}
         self.series: dict[Series, _Metric] = {}
+        self.lock = threading.RLock()  # of what is added; a change of a value needs none
 
     def place(self, one: _Metric, series: Series) -> None:
         """Makes room for a series. Raises MetricsError."""
-        try:
-            one._at = self.cells.add(series, one._doc)
-        except OverflowError as error:
-            raise MetricsError(
-                f"no room for metric {series.name} with labels {dict(series.labels)}: {error}; "
-                "use fewer metrics, or labels with fewer values"
-            ) from None
-        one._cells = self.cells.values
-        self.series[series] = one
+        with self.lock:
+            try:
+                one._at = self.cells.add(series, one._doc)
+            except OverflowError as error:
+                raise MetricsError(
+                    f"no room for metric {series.name} with labels {dict(series.labels)}: {error}; "
+                    "use fewer metrics, or labels with fewer values"
+                ) from None
+            one._cells = self.cells.values
+            self.series[series] = one
 
     def begin(self) -> None:
         """Counts from zero, in other memory: this is another process than the one in which they were declared."""
+        self.lock = threading.RLock()  # a thread of that one may have had it
         self.cells = MetricCells(worker.shared_region())
         for series, one in list(self.series.items()):
             one._reset()
@@ -123,10 +128,14 @@ class _Metric:
     def _new_child(self, key: tuple[str, ...]) -> Self:
         if not self._labels or len(key) != len(self._labels):
             raise MetricsError(f"metric {self._name} has the labels {', '.join(self._labels) or 'none'}")
-        child = type(self).__new__(type(self))
-        child._name, child._doc, child._labels, child._children = self._name, self._doc, (), {}
-        child._copy(self)
-        _registry.place(child, self._series(key))
+        told = tuple(map(without_surrogates, key))
+        with _registry.lock:  # another thread may make the same
+            if (child := self._children.get(told)) is None:
+                child = type(self).__new__(type(self))
+                child._name, child._doc, child._labels, child._children = self._name, self._doc, (), {}
+                child._copy(self)
+                _registry.place(child, self._series(told))
+                self._children[told] = child
         return child
 
     def _series(self, values: tuple[str, ...]) -> Series:

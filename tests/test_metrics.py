@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from math import inf, nan
 from typing import Any
 
@@ -23,7 +26,7 @@ from forkd.system.scoreboard import METRICS_AT, REGION_SIZE, Regions
 from tests.support.admin import ask
 from tests.support.changing_daemon import Changing
 from tests.support.daemon import Daemon, Harness
-from tests.support.processes import eventually, wait_end
+from tests.support.processes import DEADLINE, eventually, wait_end
 
 ADMIN = {"address": "tcp://127.0.0.1:0"}
 
@@ -89,6 +92,35 @@ def test_labels_are_found_by_place_and_by_name() -> None:
             counter.labels(*values, **named)
     with pytest.raises(MetricsError, match=r"metric errors has labels \(kind, code\): use labels\(\.\.\.\) first"):
         counter.inc()
+
+
+def test_labels_that_utf8_does_not_have_are_told_as_python_writes_them() -> None:
+    counter = Counter("errors", "Errors.", ["kind"])
+    counter.labels("a\udcff").inc()
+    counter.labels("a\\udcff").inc()
+    assert counter.labels("a\udcff") is counter.labels("a\\udcff")
+    assert [series.labels for series in metrics._registry.series] == [(("kind", "a\\udcff"),)]
+
+
+def test_labels_are_the_same_for_threads_that_make_them_at_once() -> None:
+    counter, count, threads = Counter("seen", "Seen.", ["what"]), 60, 4
+    together = threading.Barrier(threads)
+
+    def see() -> None:
+        for number in range(count):
+            together.wait(DEADLINE)
+            counter.labels(number).inc()
+
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(see) for _ in range(threads)]:
+                done.result(DEADLINE)
+    finally:
+        sys.setswitchinterval(often)
+    assert [counter.labels(number).value for number in range(count)] == [threads] * count
+    assert len({one._at for one in counter._children.values()}) == metrics._registry.cells._next == count
 
 
 @pytest.mark.parametrize(
@@ -220,9 +252,23 @@ def wait_told(daemon: Daemon, **values: float) -> None:
 def say(harness: Harness, daemon: Daemon, *lines: str) -> Any:
     client = harness.connect(daemon)
     for line in lines:
-        client.sendall(line.encode() + b"\n")
-        assert client.recv(100) == line.encode() + b"\n"
+        data = line.encode(errors="surrogateescape") + b"\n"
+        client.sendall(data)
+        assert client.recv(100) == data
     return client
+
+
+def test_metrics_are_told_whatever_labels_are_made_of(harness: Harness) -> None:
+    site = Changing(harness, listen=[{"address": "tcp://127.0.0.1:0", "handler": "counting:Counting"}], admin=ADMIN)
+    daemon = site.daemon.start()
+    say(harness, daemon, "\udcff", 'a"b\\')
+    eventually(lambda: {"lines_total \\udcff", 'lines_total a"b\\'} <= told(daemon).keys())
+
+
+def test_nothing_that_a_worker_says_of_a_metric_is_beyond_utf8(regions: Regions) -> None:
+    reader = SeriesReader(0)
+    reader._learn(rb'{"name":"a","kind":"gauge","labels":[["b","\ud800"]],"buckets":[],"doc":"\udfff","at":0}')
+    assert (list(reader.places), reader.docs) == ([Series("a", "gauge", (("b", r"\ud800"),))], {"a": r"\udfff"})
 
 
 @pytest.mark.parametrize("preload", [False, True])

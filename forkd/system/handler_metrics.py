@@ -18,7 +18,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from forkd.system.scoreboard import METRICS_AT, METRICS_SIZE, REGION_SIZE
@@ -156,7 +156,12 @@ class SeriesReader:
             return
         if type(at) is int and 0 <= at <= MOST_CELLS - series.cells and isinstance(doc, str):
             self.places[series] = at
-            self.docs[series.name] = " ".join(doc.split())
+            self.docs[series.name] = " ".join(without_surrogates(doc).split())
+
+
+def without_surrogates(text: str) -> str:
+    """A text that can be told: with what UTF-8 does not have, as of undecodable bytes, written as Python writes it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def series_of(plain: Mapping[str, Any]) -> Series:
@@ -179,7 +184,7 @@ def series_of(plain: Mapping[str, Any]) -> Series:
     )
     if not right:
         raise ValueError("no series")
-    return series
+    return replace(series, labels=tuple((name, without_surrogates(value)) for name, value in labels))
 
 
 def _is_sound(series: Series, values: list[float]) -> bool:
@@ -234,7 +239,7 @@ class SeriesTotals:
         for one in plain:
             series = series_of(one)
             made.ended[series] = [float(value) for value in one["values"]]
-            made.docs[series.name] = str(one["doc"])
+            made.docs[series.name] = without_surrogates(str(one["doc"]))
         return made
 
     def _add(self, total: dict[Series, list[float]], reader: SeriesReader, regions: int) -> None:

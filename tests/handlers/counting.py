@@ -23,7 +23,7 @@ class Counting(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for line in data.splitlines():
-            word = line.decode().partition(" ")[0]
+            word = line.decode(errors="surrogateescape").partition(" ")[0]
             if word == "fork":
                 child = os.fork()
                 if not child:
