@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 #: too long to find them: some 10 microseconds for each.
 MOST_OLDEST = 50
 MOST_LISTED = 2000
+
+#: What stands before the path where a client asks as it would ask a proxy (RFC 9112, section 3.2.2).
+_SERVER = re.compile(rb"\Ahttps?://[^/?]*", re.IGNORECASE)
 
 #: For how many times as long as it took to make a page is kept, and for how many seconds at most.
 _KEPT_FOR = 10
@@ -79,7 +83,11 @@ class Pages:
 
     def find(self, target: bytes, accept: str) -> Page:
         """The page at a request's target, for a client that accepts these types of content."""
-        match target.partition(b"?")[0]:
+        path = _SERVER.sub(b"", target).partition(b"?")[0] or b"/"
+        return self._made(path.decode("latin-1"), lambda: self._find(path, accept))
+
+    def _find(self, path: bytes, accept: str) -> Page:
+        match path:
             case b"/live":
                 return Page(HTTPStatus.OK, b"live\n")  # the loop turns: it has answered
             case b"/ready":
@@ -125,14 +133,18 @@ class Pages:
         until, page = self._kept.get(name, (0.0, _NOT_FOUND))
         if began < until:
             return page
-        try:
-            page = make()
-        except Exception:  # (a master's event: what is told of the daemon is not to end it)
-            log.exception("admin: %s can't be told", name.partition(" ")[0], extra={"listener": "admin"})
-            page = _FAILED
+        page = self._made(name, make)
         cost = time.monotonic() - began
         self._kept[name] = began + min(_KEPT_FOR * cost, _MOST_KEPT), page
         return page
+
+    def _made(self, name: str, make: Callable[[], Page]) -> Page:
+        """A page, or one that says that it can't be made."""
+        try:
+            return make()
+        except Exception:  # (a master's event: what is told of the daemon is not to end it)
+            log.exception("admin: %s can't be told", name.partition(" ")[0], extra={"listener": "admin"})
+            return _FAILED
 
 
 def _json(told: dict[str, Any]) -> Page:

@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
 from prometheus_client.openmetrics.parser import text_fd_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_fd_to_metric_families
 
+from forkd.master.admin.exposition import encoder_for
 from forkd.master.admin.metrics import FAMILIES
 from tests.support.admin import ask, service_of
 from tests.support.certificates import Authority
@@ -59,6 +61,39 @@ def test_metrics_are_in_order_and_of_both_forms(harness: Harness) -> None:
         "forkd_certificate_expiry_timestamp_seconds",
         "forkd_listener_connections_limit",
     }
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_openmetrics"),
+    [
+        ("application/openmetrics-text", True),
+        ('application/OpenMetrics-text ; q=0.5; version="1.0.0"', True),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=1.0.0;q=0.4", True),
+        ("application/openmetrics-text; version=1.0.0; q=0", False),
+        ("application/openmetrics-text; version=0.0.1", False),
+        ("application/openmetrics-text; version=abc", False),
+        ("application/openmetrics-text; version=\xe9\r\nX: y", False),
+        ("text/plain; version=1.0.x; escaping=;", False),
+        (";;=,", False),
+        ("", False),
+    ],
+)
+def test_form_of_metrics_is_one_of_two_whatever_is_accepted(accept: str, is_openmetrics: bool) -> None:
+    encode, content_type = encoder_for(accept)
+    other = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    assert content_type == (other if is_openmetrics else "text/plain; version=0.0.4; charset=utf-8")
+    assert encode([]).endswith(b"# EOF\n") == is_openmetrics
+
+
+def test_master_outlives_what_clients_accept(harness: Harness) -> None:
+    daemon = harness.daemon(settings=(ADMIN,)).start()
+    for accept in (
+        "application/openmetrics-text; version=abc",
+        "text/plain; version=x",
+        "application/openmetrics-text;",
+    ):
+        assert ask(daemon, "/metrics", accept=accept).status == 200
+    assert ask(daemon, "http://localhost/metrics?x=/").status == 200
 
 
 def test_metrics_tell_what_there_is(harness: Harness) -> None:

@@ -48,3 +48,18 @@ def test_page_that_fails_is_told_and_logged(caplog: pytest.LogCaptureFixture) ->
     master = Told()
     assert Pages(master, Metrics(master.state), History(master.state)).find(b"/status.json", "").status == 500
     assert "status can't be told" in caplog.text
+
+
+def test_page_that_takes_no_time_may_fail_too(caplog: pytest.LogCaptureFixture) -> None:
+    master = Told()  # it has no state
+    assert Pages(master, Metrics(master.state), History(master.state)).find(b"/ready", "").status == 500
+    assert "/ready can't be told" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [(b"/live", 200), (b"/live?x", 200), (b"http://h:1/live?x", 200), (b"HTTPS://h", 200), (b"/http://h/live", 404)],
+)
+def test_target_may_have_a_server_and_a_query(target: bytes, status: int) -> None:
+    master = Told()
+    assert Pages(master, Metrics(master.state), History(master.state)).find(target, "").status == status
