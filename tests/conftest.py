@@ -38,8 +38,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that start daemons first, so that no long one is left alone at the end of a parallel run."""
-    items.sort(key=lambda item: STARTING.isdisjoint(getattr(item, "fixturenames", ())))
+    """Marks the tests that start daemons, and puts them first: no long one is to be left alone at the end of a parallel
+    run.
+    """
+    for item in items:
+        if not STARTING.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("daemon")
+    items.sort(key=lambda item: item.get_closest_marker("daemon") is None)
 
 
 @pytest.fixture
