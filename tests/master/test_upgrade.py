@@ -114,7 +114,7 @@ def test_old_workers_are_looked_after_by_the_new_image(harness: Harness) -> None
 
 
 def test_five_upgrades_in_a_row_cost_no_descriptor_and_no_client(harness: Harness) -> None:
-    site = Changing(harness)
+    site = Changing(harness, drain_timeout="10m")  # the first client is to outlive all of them
     daemon = site.daemon.start()
     master, address, before = daemon.pid, daemon.address, len(descriptors(daemon.pid))
     clients = []
