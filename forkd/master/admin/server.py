@@ -13,8 +13,9 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from selectors import EVENT_READ, BaseSelector
+from typing import TypeVar
 
 from forkd.config.settings import AGENT
 from forkd.master.admin.agent import agent_line
@@ -33,8 +34,14 @@ MOST_CLIENTS = 64
 #: Clients that are taken in at a time, before others have their turn.
 _AT_A_TIME = 16
 
+#: Seconds until what has failed is tried again.
+_AGAIN = 10.0
+
 #: The fields of records about clients, of which a flood is told in short.
 _ABOUT = {"listener": "admin"}
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 
 class AdminServer:
@@ -64,15 +71,25 @@ class AdminServer:
         self._listen([] if state.superseded or state.control.beside else state.generation.services)
         for client in [client for client in self._clients if client.deadline <= now]:
             self._drop(client)
-        push_at = self._statsd.advance(now)
-        sample_at = self._history.advance(now) if state.generation.settings.admin.address else None
+        push_at = self._try("statsd", lambda: self._statsd.advance(now), now + _AGAIN)
+        sample_at = None
+        if state.generation.settings.admin.address:
+            sample_at = self._try("history", lambda: self._history.advance(now), now + _AGAIN)
         deadlines = [client.deadline for client in self._clients]
         deadlines += [when for when in (push_at, sample_at) if when is not None]
         return min(deadlines, default=None)
 
     def finish(self) -> None:
         """At the daemon's end: sends what is to be sent."""
-        self._statsd.push()
+        self._try("statsd", self._statsd.push, None)
+
+    def _try(self, what: str, call: Callable[[], T], otherwise: D) -> T | D:
+        """What a call returns; or something else where it raises: what is told of the daemon is not to end it."""
+        try:
+            return call()
+        except Exception:  # (a master's event)
+            log.exception("admin: %s can't be told", what, extra=_ABOUT)
+            return otherwise
 
     def _listen(self, services: Sequence[BoundListener]) -> None:
         wanted = {sock: bound for bound in services for sock in bound.sockets}
@@ -140,7 +157,7 @@ class AdminServer:
     def _ready(self, client: Client) -> None:
         if client not in self._clients:  # closed by an event before this one in the same round
             return
-        if not client.ready():
+        if not self._try("an answer", client.ready, otherwise=False):
             self._drop(client)
             return
         key = self._selector.get_key(client)

@@ -1,7 +1,10 @@
-"""The pages by themselves: what takes time to make is kept for a while, and a mistake in it does not end the master."""
+"""The pages by themselves: what takes time to make is kept for a while, and a mistake does not end the master."""
 
 from __future__ import annotations
 
+import selectors
+import socket
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -9,7 +12,9 @@ import pytest
 from forkd.master.admin.history import History
 from forkd.master.admin.metrics import Metrics
 from forkd.master.admin.pages import Pages
+from forkd.master.admin.server import AdminServer
 from forkd.master.state import DaemonState
+from tests.support.clients import at_end
 
 
 class Told:
@@ -63,3 +68,31 @@ def test_page_that_takes_no_time_may_fail_too(caplog: pytest.LogCaptureFixture) 
 def test_target_may_have_a_server_and_a_query(target: bytes, status: int) -> None:
     master = Told()
     assert Pages(master, Metrics(master.state), History(master.state)).find(target, "").status == status
+
+
+def test_mistake_in_what_is_told_does_not_end_the_master(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OverflowError("too large")
+
+    for what in ("statsd.StatsdSender.advance", "statsd.StatsdSender.push", "history.History.advance"):
+        monkeypatch.setattr(f"forkd.master.admin.{what}", fail)
+    monkeypatch.setattr(Pages, "find", fail)
+    with socket.create_server(("127.0.0.1", 0)) as listening, selectors.DefaultSelector() as selector:
+        settings = SimpleNamespace(admin=SimpleNamespace(address="here", allow=()))
+        service = SimpleNamespace(sockets=[listening], listener=SimpleNamespace(handler="admin"), address="here")
+        generation = SimpleNamespace(settings=settings, services=[service])
+        state = SimpleNamespace(generation=generation, superseded=False, control=SimpleNamespace(beside=False))
+        server = AdminServer(cast(Any, SimpleNamespace(state=state)), selector)
+        assert server.advance(5.0) == 15.0
+        with socket.create_connection(listening.getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            for _ in range(2):  # it is taken in, then read from
+                for key, mask in selector.select(10):
+                    key.data(mask)
+            assert at_end(client)
+        server.finish()
+        server.close()
+    for what in ("statsd", "history", "an answer"):
+        assert f"admin: {what} can't be told" in caplog.text
