@@ -30,6 +30,9 @@ _ANSWER_SECONDS = 10.0
 # What is kept of a worker's claim: certificates of a listener, names of one, bytes of a text.
 _MOST_CERTIFICATES, _MOST_NAMES, _LONGEST = 1000, 1000, 300
 
+#: The last end that a certificate can have (RFC 5280, section 4.1.2.5): 9999-12-31T23:59:59Z.
+_LATEST = 253_402_300_799
+
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
@@ -190,6 +193,8 @@ def _checked(claims: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """What a worker claims of its certificates, as far as it is of the right form."""
     for one in claims[:_MOST_CERTIFICATES]:
         match one:
-            case {"file": str(file), "names": list(names), "expires": float() | int() as expires}:
+            case {"file": str(file), "names": list(names), "expires": float() | int() as expires} if (
+                abs(expires) <= _LATEST
+            ):
                 texts = [shorten(name, _LONGEST) for name in names[:_MOST_NAMES] if isinstance(name, str)]
                 yield {"file": shorten(os.fspath(file), 4096), "names": texts, "expires": float(expires)}

@@ -32,6 +32,8 @@ STUCK_BEATS = 3
 
 _MOST_REASON = 20_000  # bytes: there may be one for each worker
 
+_MOST_CLAIMED = 1 << 63  # of a worker's number, which has to be less
+
 #: The states in which a worker's loop is to run.
 _BEATING = (WorkerState.SERVING, WorkerState.DRAINING, WorkerState.CLOSING)
 
@@ -281,7 +283,9 @@ def peers_of(slot: int, pid: int, claim: object) -> Iterator[dict[str, Any]]:
     """What a worker claims of the latest peers of its datagram sockets, as far as it is of the right form."""
     for one in claim if isinstance(claim, list) else ():
         match one:
-            case [str(listener), str(peer), float() | int() as age, float() | int() as idle, int(came), int(gone)]:
+            case [str(listener), str(peer), float() | int() as age, float() | int() as idle, int(came), int(gone)] if (
+                all(0 <= number < _MOST_CLAIMED for number in (age, idle, came, gone))
+            ):
                 yield {
                     "worker": slot,
                     "pid": pid,

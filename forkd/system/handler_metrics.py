@@ -176,9 +176,9 @@ def series_of(plain: Mapping[str, Any]) -> Series:
         and series.kind in (COUNTER, GAUGE, HISTOGRAM)
         and len(labels) <= MOST_LABELS
         and len(set(names)) == len(names)
-        and all(LABEL_NAME.fullmatch(name) and isinstance(value, str) for name, value in labels)
+        and all(LABEL_NAME.fullmatch(name) and name != "le" and isinstance(value, str) for name, value in labels)
         and len(buckets) <= MOST_BUCKETS
-        and all(type(bound) in (int, float) and math.isfinite(bound) for bound in buckets)
+        and all(type(bound) in (int, float) and abs(bound) <= sys.float_info.max for bound in buckets)
         and list(buckets) == sorted(set(buckets))
         and (series.kind == HISTOGRAM) == bool(buckets)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ def test_changed_files_are_tried_and_kept_when_they_are_taken(watched: Watched) 
     assert watched.answer(tried.number) is None  # of the other workers
     assert watched.answer(0) is None  # of one that begins
     assert watched.certificates.told_of(1) == told
+
+
+@pytest.mark.parametrize("expires", [nan, inf, 1e300, 10**400, -(10**400), "5", None], ids=lambda one: str(one)[:5])
+def test_claim_of_an_end_that_cannot_be_is_not_kept(watched: Watched, expires: object) -> None:
+    watched.answer(0, expires=expires)
+    assert watched.certificates.told_of(1) == []
 
 
 def test_refusal_is_told_once_and_changes_nothing(watched: Watched) -> None:

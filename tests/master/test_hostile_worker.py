@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.admin import ask
 from tests.support.daemon import Harness, forkd
 from tests.support.needs import lacks
 from tests.support.processes import eventually
@@ -234,3 +235,20 @@ def test_worker_that_lies_about_clients_lies_about_its_own(open_harness: Harness
         lied = {"client": f"[{':'.join(['ffff'] * 8)}]:{(1 << 64) - 1}", "proxy": one["client"]}
         told = {name: after[one["id"]][name] for name in lied}
         assert told == (lied if one["pid"] == liar else {"client": one["client"], "proxy": None})
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [{"kind": "histogram", "buckets": [10**400]}, {"labels": [["x", "\ud800"]]}, {"doc": "\ud800"}],
+    ids=["bucket", "label", "doc"],
+)
+def test_worker_that_lies_about_metrics_hides_none(open_harness: Harness, claim: dict[str, object]) -> None:
+    daemon = unprivileged_daemon(open_harness, "admin.address=tcp://127.0.0.1:0").start()
+    master, said = daemon.pid, {"name": "a", "kind": "counter", "labels": [], "buckets": [], "doc": "", "at": 0}
+    liar = order_worker(open_harness, daemon, "claim_metric", json.dumps(said | claim))["value"]
+    assert ask(daemon, "/metrics").status == 200
+    daemon.expect("killed by SIGKILL")
+    os.kill(liar, signal.SIGKILL)
+    eventually(lambda: liar not in daemon.workers().values(), what="the end of the liar")
+    daemon.wait_workers(2)
+    assert (daemon.pid, ask(daemon, "/metrics").status) == (master, 200)

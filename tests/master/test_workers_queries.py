@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from math import inf, nan
 from typing import cast
 
 import pytest
 
 from forkd.master.spawn import HELPER, Worker
+from forkd.master.status import peers_of
 from forkd.master.workers import LARGEST_ANSWER, MOST_UNANSWERED, Question, Questions
 from forkd.messages import AnswerEvent, PeersCommand, WorkerCommand, decode_command
 from forkd.states import WorkerState
@@ -137,3 +139,10 @@ def test_question_does_not_wait_for_a_closed_channel(pool: Pool) -> None:
     pool.ends[0].close()
     question = pool.ask()
     assert [worker.slot for worker in question.missing()] == [2, 3]
+
+
+@pytest.mark.parametrize("wrong", [-1, nan, inf, 1e300, 10**400, "1", None], ids=lambda one: str(one)[:5])
+def test_peer_with_a_number_that_cannot_be_is_left_out(wrong: object) -> None:
+    sound = ["udp://127.0.0.1:1", "127.0.0.1:2", 1.5, 0, 7, 8]
+    claims = [[wrong if place == at else value for at, value in enumerate(sound)] for place in range(2, 6)]
+    assert [one["datagrams_out"] for one in peers_of(1, 100, [*claims, sound])] == [8]

@@ -185,7 +185,9 @@ class Metrics:
                 continue
             if (family := families.get(series.name)) is None:
                 names = tuple(name for name, _ in series.labels)
-                family = families[series.name] = Family(series.name, series.kind, totals.docs[series.name], names)
+                family = families[series.name] = Family(
+                    series.name, series.kind, totals.docs.get(series.name, ""), names
+                )
             buckets = _cumulated(series.buckets, values[:-1]) if series.kind == HISTOGRAM else ()
             yield Sample(series.name, tuple(value for _, value in series.labels), values[-1], buckets, family)
 
