@@ -189,14 +189,6 @@ class ClientTlsSocket(ssl.SSLSocket):
 
     connection: ThreadConnection | None = None
 
-    @classmethod
-    def around(cls, sock: ClientSocket, contexts: TlsContexts) -> Self:
-        """One whose handshake is yet to be done, in the place of the socket. Raises OSError."""
-        made: Self = cls._create(  # type: ignore[attr-defined]
-            sock, server_side=True, do_handshake_on_connect=False, context=contexts.default
-        )
-        return made
-
     def _real_close(self) -> None:
         connection, self.connection = self.connection, None
         if connection is not None and connection.is_here:
@@ -347,7 +339,8 @@ class ThreadServer(HandOverServer):
         """
         plain = connection.handlers_socket
         plain.settimeout(self._handshake_seconds)
-        with ClientTlsSocket.around(plain, contexts) as sock:
+        contexts.default.sslsocket_class = ClientTlsSocket
+        with contexts.default.wrap_socket(plain, server_side=True, do_handshake_on_connect=False) as sock:
             try:
                 sock.do_handshake()
             except (OSError, ValueError) as error:
@@ -355,7 +348,7 @@ class ThreadServer(HandOverServer):
                 raise HandshakeFailed(late if isinstance(error, TimeoutError) else handshake_reason(error)) from None
             sock.settimeout(None)
             connection.begin_after_handshake()
-            sock.connection = connection
+            sock.connection = connection  # type: ignore[attr-defined]  # it is a ClientTlsSocket
             try:
                 return connection.run(self._handle, sock)
             finally:
