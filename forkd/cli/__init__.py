@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_descriptors()  # before anything else is opened
     atexit.register(_skip_garbage)
     words = sys.argv[1:] if arguments is None else arguments
-    if (os.getpid() == 1 or words[:1] == ["run"]) and RESUME not in os.environ:
-        _catch_signals()
+    if RESUME not in os.environ:
+        _receive_signals()
+        if os.getpid() == 1 or words[:1] == ["run"]:
+            _catch_signals()
     try:
         command = parse(words)
         status = _resume(command) if RESUME in os.environ else command.run(command)
@@ -112,6 +114,15 @@ def _discard_output() -> None:
     """
     os.close(0)
     os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
+
+
+def _receive_signals() -> None:
+    """Undoes what a parent may have left, and neither this process nor a program of its handlers could know of: blocked
+    signals, which would never end them, and an ignored SIGCHLD, by which nobody learns how a child has ended (wait(2)).
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _catch_signals() -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -256,6 +256,30 @@ def test_a_stop_before_the_client_has_come_ends_it_at_once(single: Make, signum:
     os.kill(one.pid, signum)
     assert one.status() == 0
     assert refuses(one.address)
+
+
+@pytest.fixture
+def careless_parent() -> Iterator[None]:
+    """Has children begin with all signals blocked, and SIGCHLD ignored."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    action = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGCHLD, action)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@pytest.mark.usefixtures("careless_parent")
+def test_signals_that_a_parent_has_blocked_or_ignored_come(single: Make) -> None:
+    one = single().open()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # to learn of its end
+    assert one.process is not None
+    assert one.process.stdout is not None
+    one.read_line(one.process.stdout.readline().decode())
+    found = dict(line.split(":\t") for line in Path(f"/proc/{one.pid}/status").read_text().splitlines())
+    assert int(found["SigBlk"], 16) == 0
+    assert not int(found["SigIgn"], 16) & 1 << signal.SIGCHLD - 1
+    os.kill(one.pid, signal.SIGTERM)
+    assert one.status() == 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
