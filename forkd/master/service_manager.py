@@ -2,11 +2,13 @@
 gives it copies of the listeners, for the master that comes after one that was killed (sd_notify(3)).
 
 `ServiceManager.notify` is called at each turn of the master's loop, so what it sends comes from the loop that does the
-work: the watchdog is about that loop alone. That no worker serves is in the status line.
+work: the watchdog is about that loop alone. That no worker serves is in the status line. What finds the manager's queue
+full is told a moment later.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Set
 
 from forkd.master.generation import Generation
@@ -18,6 +20,12 @@ from forkd.states import MasterState
 from forkd.system.fdstore import store_names, stored_names
 from forkd.system.listeners import BoundListener
 from forkd.system.notify import monotonic_usec, usec
+
+#: Seconds after which the manager is told what its queue had no room for.
+_RETRY = 0.1
+
+#: Changes that are kept for a manager that does not read.
+_MOST_UNTOLD = 100
 
 
 class ServiceManager:
@@ -32,10 +40,12 @@ class ServiceManager:
         self._state = state
         self._notifier = state.notifier
         self._under_way = UPGRADE if resumed else ""  # the change that it was told of
-        self._master_state = MasterState.RUNNING if resumed else None
+        self._master_state = MasterState.RUNNING if resumed else None  # likewise
+        self._untold = deque[list[str]](maxlen=_MOST_UNTOLD)  # of both, what its queue had no room for
         self._status = ""
         self._next_ping = 0.0
-        self._stored: Set[str] = stored_names()  # the listeners that it keeps
+        self._stored = {*stored_names()}  # the listeners that it keeps
+        self._replaced: set[str] = set()  # of these, those of which it keeps sockets that are not theirs any more
         self._stored_for: tuple[Generation, int] | None = None
 
     def notify(self, now: float, change: str) -> float | None:
@@ -50,41 +60,64 @@ class ServiceManager:
         """
         if not self._notifier.has_manager:
             return None
-        self._store()
-        lines = self._new_state() + self._new_change(change)
+        if news := self._new_state() + self._new_change(change):
+            self._untold.append(news)
+        if not self._store():
+            return now + _RETRY
+        told = self._status, self._next_ping
+        while len(self._untold) > 1:  # a reload began and is done: it wants to hear of both
+            if not self._notifier.send(*self._untold[0]):
+                return now + _RETRY
+            self._untold.popleft()
+        lines = [*self._untold[0]] if self._untold else []
         if (status := status_line(self._state, change)) != self._status:
             self._status = status
             lines.append(f"STATUS={status}")
         deadline = self._ping(now, lines)
-        if lines:
-            self._notifier.send(*lines)
+        if lines and not self._notifier.send(*lines):
+            self._status, self._next_ping = told
+            return now + _RETRY
+        self._untold.clear()
         return deadline
 
     def listener_changed(self, bound: BoundListener) -> None:
         """A listener has other sockets than before: the manager is to keep those instead."""
         self._stored_for = None
         names = {name for name, one in store_names(self._state.generation.bound).items() if one is bound}
-        for name in names & self._stored:
-            self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")
-        self._stored -= names
+        self._replaced |= names & self._stored
+        self._forget(self._replaced)
 
-    def _store(self) -> None:
+    def _forget(self, names: Set[str]) -> bool:
+        """Has the manager close what it keeps by these names; whether all of it was told."""
+        for name in sorted(names):
+            if not self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}"):
+                return False
+            self._stored.discard(name)
+            self._replaced.discard(name)
+        return True
+
+    def _store(self) -> bool:
         """Has the manager keep the listeners of the generation that serves. It is done before READY=1: from then on
         nothing is to be lost. Another image sends them once more, which changes nothing.
+
+        Returns:
+            Whether it has them.
         """
         generation = self._state.generation
         present = generation, sum(len(bound.sockets) for bound in generation.bound)
         if self._state.master_state is not MasterState.RUNNING or present == self._stored_for:
-            return
-        self._stored_for = present
+            return True
         wanted = store_names(generation.bound)
         # In this order: it does not take a socket that it has by another name.
-        for name in sorted(self._stored - wanted.keys()):
-            self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")
+        if not self._forget(self._replaced | (self._stored - wanted.keys())):
+            return False
         for name in sorted(wanted.keys() - self._stored):
             sockets = [sock.fileno() for sock in wanted[name].sockets]
-            self._notifier.send("FDSTORE=1", f"FDNAME={name}", descriptors=sockets)
-        self._stored = wanted.keys()
+            if not self._notifier.send("FDSTORE=1", f"FDNAME={name}", descriptors=sockets):
+                return False
+            self._stored.add(name)
+        self._stored_for = present
+        return True
 
     def _new_state(self) -> list[str]:
         state = self._state.master_state

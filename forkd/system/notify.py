@@ -1,13 +1,12 @@
 """systemd's notification protocol (sd_notify(3)): datagrams to the service manager, and the watchdog that it asks for.
 
 Where there is no manager nothing is sent. A manager that does not read must not hold up the master: what can't be sent
-at once is lost. What is sent when is decided by the master's `service_manager`.
+at once is not sent. What is sent when, and again, is decided by the master's `service_manager`.
 """
 
 from __future__ import annotations
 
 import array
-import contextlib
 import os
 import socket
 import time
@@ -46,13 +45,22 @@ class Notifier:
         """Whether there is a manager."""
         return self._sock is not None
 
-    def send(self, *lines: str, descriptors: Sequence[int] = ()) -> None:
-        """Sends assignments such as `READY=1`, in one datagram, and copies of descriptors with it."""
+    def send(self, *lines: str, descriptors: Sequence[int] = ()) -> bool:
+        """Sends assignments such as `READY=1`, in one datagram, and copies of descriptors with it.
+
+        Returns:
+            Whether there is no need to send it again: it is sent, or the manager is gone. Else its queue is full.
+        """
         if self._sock is None:
-            return
+            return True
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        with contextlib.suppress(OSError):  # it does not read, or is gone
+        try:
             self._sock.sendmsg(["\n".join(lines).encode()], rights, 0, self._address)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def close(self) -> None:
         """Closes it; for a forked child, which must not speak for the master."""

@@ -131,6 +131,20 @@ def test_manager_that_does_not_read_blocks_nothing(harness: Harness, manager: Fa
     eventually(lambda: daemon.process is not None and daemon.process.poll() is not None, what="its end")
 
 
+@pytest.mark.parametrize("manager", ["path"], indirect=True)
+def test_manager_with_a_full_queue_is_told_all_when_it_reads(harness: Harness, manager: FakeManager) -> None:
+    manager.fill()
+    daemon = managed_daemon(manager, harness, workers=1).run()
+    assert daemon.status()["state"] == "running"
+    ready = manager.wait_for("READY")
+    assert ready["STATUS"] == "running: 1 of 1 workers, 0 clients"
+    assert manager.store  # before that
+    manager.fill()
+    assert daemon.command("reload").returncode == 0
+    manager.wait_for("RELOADING")
+    assert "RELOADING" not in manager.wait_for("READY")
+
+
 def test_restart_is_the_managers_business_and_refused(harness: Harness, manager: FakeManager) -> None:
     daemon = managed_daemon(manager, harness, workers=1).run()
     master, workers = daemon.pid, daemon.workers()

@@ -5,6 +5,7 @@ send, and starts their successors with these.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import re
 import socket
@@ -64,6 +65,13 @@ class FakeManager:
                 os.close(one)
             else:
                 self.store.setdefault(found["FDNAME"], []).append(one)
+
+    def fill(self) -> None:
+        """Fills its queue, which has room again when it receives."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+            other.setblocking(False)
+            while True:
+                other.sendto(b"FULL=1", self.path)
 
     def start_with_store(self, daemon: Daemon) -> None:
         """Starts the next daemon with what is kept, as systemd does."""
