@@ -658,6 +658,9 @@ def _call_hint(target: Any, name: str, arguments: Mapping[str, Any]) -> str:
     if inspect.isclass(_unwrapped(target)):
         given = [*arguments, *(one for one in wanted if one not in arguments)]
         return f"; give what it wants: args: {{{', '.join(f'{one}: ...' for one in given)}}}"
+    if wanted[:1] == ["self"] and "." in (method := name.rpartition(":")[2]):
+        kind, _, method = method.rpartition(".")
+        return f"; it is a method, and wants an object: write served = {kind}() in the module, and name served.{method}"
     if wanted == ["scope", "receive", "send"]:
         return "; an ASGI application is served by a server: handler: uvicorn:Server, args: {config: MODULE:CONFIG}"
     if wanted[1:] == ["start_response"]:
