@@ -28,6 +28,7 @@ from contextvars import Context, ContextVar, copy_context
 from functools import cache
 from heapq import heapify, heappop
 from itertools import islice
+from math import isnan
 from time import monotonic
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -380,7 +381,11 @@ class PollLoop(asyncio.SelectorEventLoop):
     def call_at(  # type: ignore[override]  # the stub's variadic generic is no wider
         self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        """As asyncio's; also ends the selector's wait, which was reckoned without this timer."""
+        """As asyncio's; also ends the selector's wait, which was reckoned without this timer. A time that is none (NaN)
+        has come, as by asyncio: kept, it would be before no other time and after none.
+        """
+        if isnan(when):
+            when = self.time()
         self.selector.wake()
         timer = super().call_at(when, callback, *args, context=context)
         if traceback := timer._source_traceback:  # type: ignore[attr-defined]

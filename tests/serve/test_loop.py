@@ -86,6 +86,14 @@ def test_no_timer_fires_before_its_time(kit: Kit) -> None:
 
 
 @pytest.mark.usefixtures("traffic")
+@pytest.mark.parametrize("delay", ["nan", "-inf", "-1e300"])
+def test_a_timer_without_a_sound_time_fires_at_once(kit: Kit, delay: str) -> None:
+    done, finish = soon(kit)
+    kit.loop.call_later(float(delay), finish)
+    assert kit.run(done) == "called"
+
+
+@pytest.mark.usefixtures("traffic")
 def test_a_thread_calls_into_the_loop(kit: Kit) -> None:
     done, finish = soon(kit)
     thread = threading.Thread(target=kit.loop.call_soon_threadsafe, args=(finish,))
