@@ -103,11 +103,14 @@ def _check_code(result: LoadResult) -> None:
         settings, identity = replace(settings, user=None, chroot=None), Identity()
     told: set[str] = set()
     for found in check_handlers(settings, identity):
-        what = "tls" if found.reason.startswith("tls.") else found.setting
+        what, reason = "tls" if found.reason.startswith("tls.") else found.setting, found.reason
+        for key in ("command", "directory"):
+            if reason.startswith(f"{key}: "):
+                what, reason = key, reason.removeprefix(f"{key}: ")
         if what == "user" and settings.user is None:
             what = "chroot"
         place = ("listen", result.listeners[found.owner]) if found.owner >= 0 else ()
-        result.add_problem(found.reason, *place, what)
+        result.add_problem(reason, *place, what)
         if found.details not in told:
             print(printable(found.details), end="", file=sys.stderr)
         told.add(found.details)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from forkd.config import values
 from forkd.config.address import Address
 from forkd.config.fields import ListOf, MappingOf, default_of, option, section
+from forkd.config.units import escape_controls
 
 if TYPE_CHECKING:
     from forkd.config.units import Rate
@@ -230,14 +231,14 @@ class Listener:
         unless="command",
     )
     command: tuple[str, ...] = option(
-        ListOf(values.TEXT),
+        ListOf(values.PROGRAM_TEXT),
         "In the place of a handler: a program and its arguments, started for each connection, which is its standard "
         "input and output. What it writes to standard error goes to the log.",
         [],
     )
     directory: Path | None = option(values.PATH, "The programs' current directory. Default: the workers' own.", None)
     environment: Mapping[str, str] = option(
-        MappingOf(values.TEXT, values.ARGUMENT_NAME, "mapping of texts"),
+        MappingOf(values.PROGRAM_TEXT, values.ARGUMENT_NAME, "mapping of texts"),
         "Variables that the programs have beside those that the daemon has, and those about their client.",
         {},
     )
@@ -328,7 +329,7 @@ class Listener:
     @property
     def served_by(self) -> str:
         """What serves its clients, in one line: the handler's name, or the command."""
-        return self.handler if self.handler is not None else shlex.join(self.command)
+        return self.handler if self.handler is not None else escape_controls(shlex.join(self.command))
 
 
 def refused_by_servers(listener: Listener) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -26,7 +26,7 @@ import yaml
 from forkd.config.fields import Kind, ListOf, MappingOf, Option, default_of, make_section, options
 from forkd.config.listener import Listener, refused_by_servers
 from forkd.config.settings import Settings
-from forkd.config.values import ARGUMENT, ScalarKind
+from forkd.config.values import ARGUMENT, PROGRAM_TEXT, ScalarKind
 from forkd.errors import ConfigError, Problem
 
 #: Bytes of a settings file at most.
@@ -419,7 +419,7 @@ def _read_value(node: yaml.Node, kind: Kind, keys: Keys, result: LoadResult) -> 
         if kind.or_one and isinstance(node, yaml.ScalarNode):
             node = yaml.SequenceNode(_SEQ, [node], node.start_mark, node.end_mark)
         if not isinstance(node, yaml.SequenceNode):
-            hint = f"; write [{node.value}]" if _is_plain(node, kind) else ""
+            hint = f"; write [{_items(node.value)}]" if _is_plain(node, kind) else ""
             result.add_problem_at(
                 node.start_mark, f"{_dotted(keys)}: expected a sequence, found {_describe(node)}{hint}"
             )
@@ -483,7 +483,7 @@ def _read_scalar(node: yaml.Node, kind: ScalarKind[Any], keys: Keys, result: Loa
         result.add_problem_at(node.start_mark, f"{name}: expected {_with_article(kind.name)}, found {_describe(node)}")
     elif not _check_tag(node, _PLAIN_TAGS, keys, result):
         return _INVALID
-    elif not node.value and node.style is None:
+    elif not node.value and node.style is None and kind is not PROGRAM_TEXT:
         result.add_problem_at(node.start_mark, f"{name}: has no value; expected {_with_article(kind.name)}")
     else:
         try:
@@ -557,6 +557,11 @@ def _is_plain(node: yaml.Node, kind: ListOf) -> bool:
     return plain and isinstance(kind.item, ScalarKind) and node.value[0] not in "[{"
 
 
+def _items(text: str) -> str:
+    """What was probably meant by a text where a sequence belongs."""
+    return text if set(text) & set(",'\"\\") else ", ".join(text.split())
+
+
 def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
@@ -597,7 +602,9 @@ def disagreements(settings: Settings) -> Iterator[Mistake]:
 def _form_disagreements(listener: Listener) -> Iterator[Mistake]:
     """Options that do not go with the form of the handler or the scheme of the address."""
     address, kind = listener.address, listener.kind
-    if kind == "program" or listener.command or listener.wait:
+    if listener.handler is None and not (listener.command and listener.command[0]):
+        yield ("command",), "names no program; write it and its arguments, as in command: [cat]"
+    elif kind == "program" or listener.command or listener.wait:
         yield from _program_disagreements(listener)
     elif address.scheme != "fd" and kind != "auto" and (kind == "datagram") is not address.takes_datagrams:
         what, wanted = (
@@ -612,6 +619,9 @@ def _form_disagreements(listener: Listener) -> Iterator[Mistake]:
         yield ("multicast",), f"groups are joined by udp listeners, and {address} is none"
     if listener.freebind and address.scheme not in ("tcp", "udp"):
         yield ("freebind",), f"is about tcp and udp addresses, and {address} is none"
+    for name in ("directory", "environment"):
+        if getattr(listener, name) and listener.handler is not None:
+            yield (name,), "is for a command, and a handler in Python has the daemon's own; leave it out"
 
 
 def _program_disagreements(listener: Listener) -> Iterator[Mistake]:

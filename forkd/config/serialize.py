@@ -21,6 +21,7 @@ from forkd.config.fields import Kind, ListOf, MappingOf, Needs, options, value_o
 from forkd.config.listener import Listener
 from forkd.config.loader import LoadResult, mark_without_file, node_of, read_graph
 from forkd.config.settings import Settings
+from forkd.config.units import escape_controls
 from forkd.config.values import ScalarKind
 from forkd.errors import ConfigError, Problem
 
@@ -125,7 +126,7 @@ def _listener_differences(
 
 
 def _served_by(listener: dict[str, Any]) -> str:
-    return listener["handler"] if "handler" in listener else f"[{', '.join(listener['command'])}]"
+    return listener["handler"] if "handler" in listener else _in_one_line(listener["command"])
 
 
 def _by_address(listeners: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -151,4 +152,4 @@ def _in_one_line(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    return shlex.quote(text) if " " in text else text
+    return escape_controls(shlex.quote(text) if " " in text or not text else text)

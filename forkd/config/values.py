@@ -150,6 +150,12 @@ def _parse_text(text: str) -> str:
     return text
 
 
+def _parse_program_text(text: str) -> str:
+    if unfit := next((one for one in text if not one.isprintable() and one not in "\t\n"), ""):
+        raise ValueError(f"{text!r} has the character {unfit!r}; write printable text, tabs and ends of lines")
+    return text
+
+
 def current_directory() -> Path:
     """The current directory, by the path that the user knows it by: $PWD where that is the same directory, as pwd(1)
     has it. So a link such as `current -> releases/1` stays one. Raises FileNotFoundError where the directory is gone.
@@ -379,6 +385,8 @@ ACCOUNT = ScalarKind(
     {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]},
 )
 TEXT = ScalarKind("text", _parse_text, str, {"type": "string", "minLength": 1})
+#: What is for a program to understand: it may be empty, or of several lines, as a script for sh -c.
+PROGRAM_TEXT = ScalarKind("text", _parse_program_text, str, {"type": "string"})
 MESSAGE = ScalarKind(
     "text with escapes",
     lambda text: parse_escaped(_parse_text(escape_controls(text))),

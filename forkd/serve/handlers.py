@@ -260,7 +260,8 @@ def load_handler(
 
 def _check_command(listener: Listener) -> None:
     """Raises HandlerError where there is no such program. Where it is found is told by the PATH that it will have."""
-    program = listener.command[0]
+    if not (program := "".join(listener.command[:1])):  # which is a mistake in the settings, told with them
+        return
     if listener.directory is not None and not listener.directory.is_dir():
         raise HandlerError(f"directory: there is no directory {listener.directory}")
     path = os.fspath(listener.directory / program) if listener.directory is not None and "/" in program else program

@@ -61,6 +61,15 @@ def test_program_serves_each_client_over_tcp_and_unix(harness: Harness) -> None:
         assert said(address, b"x" * 100_000) == b"x" * 100_000
 
 
+def test_script_of_several_lines_and_empty_texts_are_passed_on(harness: Harness) -> None:
+    script = r"echo $# \"$1\" ${EMPTY-unset}\n\techo second"
+    daemon = serving(harness, f'command: [sh, -c, "{script}", sh, ""], environment: {{EMPTY: ""}}')
+    assert said(daemon.address) == b"1 \nsecond\n"
+    assert daemon.command("reload").returncode == 0
+    assert said(daemon.address) == b"1 \nsecond\n"
+    assert r"\n\techo second" in daemon.command("status").stdout
+
+
 def test_program_that_is_replaced_is_found_again(harness: Harness) -> None:
     first, second = harness.directory / "first", harness.directory / "second"
     for directory in (first, second):
@@ -242,7 +251,10 @@ def test_one_client_has_its_verdict_from_a_program(single: Single, tmp_path: Pat
 @pytest.mark.parametrize(
     ("listener", "said"),
     [
-        ("command: [no-such-program]", "command: there is no program 'no-such-program' that can be run in PATH (/"),
+        (
+            "command: [no-such-program]",
+            "tested.yaml:1:50: listen[0].command: there is no program 'no-such-program' that can be run in PATH (/",
+        ),
         ("command: [/etc/passwd]", "command: there is no program '/etc/passwd' that can be run"),
         ("command: [cat], directory: /nowhere", "directory: there is no directory /nowhere"),
         ("command: [cat], handler: 'a:b'", ".handler: is for handlers in Python, and a command is a program of its"),
@@ -255,6 +267,14 @@ def test_one_client_has_its_verdict_from_a_program(single: Single, tmp_path: Pat
         ),
         ("command: [cat], wait: true, tls: {cert: /etc/x.pem}", ".tls: can't hold for the clients of a program that"),
         ("command: [cat], wait: true, limits: {per_ip: 5}", ".limits.per_ip: can't hold for the clients of a program"),
+        ("command: []", ".command: names no program; write it and its arguments"),
+        ("command: ['', a]", ".command: names no program; write it and its arguments"),
+        ("command: cat -u", ".command: expected a sequence, found 'cat -u'; write [cat, -u]"),
+        (
+            "handler: 'forkd.builtin:Echo', directory: /",
+            ".directory: is for a command, and a handler in Python has the",
+        ),
+        ("handler: 'forkd.builtin:Echo', environment: {A: b}", ".environment: is for a command, and a handler in Py"),
         ("backlog: 5", "listen[0].handler: is missing; what serves each connection"),
     ],
 )
