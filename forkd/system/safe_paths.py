@@ -124,7 +124,8 @@ def unsafe_settings(settings: Settings, identity: Identity) -> list[Mistake]:
     """A mistake for each path in the settings of a daemon, whose workers are this, that another user could lead
     elsewhere.
     """
-    return [(key, reason) for key, path in _paths_of(settings) if (reason := unsafe_path(path, identity))]
+    found = [(key, reason) for key, path in _paths_of(settings) if (reason := unsafe_path(path, identity))]
+    return [*dict.fromkeys(found)]  # several files may be found by one directory
 
 
 def _paths_of(settings: Settings) -> Iterator[tuple[str, Path]]:
@@ -137,21 +138,43 @@ def _paths_of(settings: Settings) -> Iterator[tuple[str, Path]]:
         yield "once.pid_file", settings.once.pid_file
     if settings.chroot is not None:
         yield "chroot", settings.chroot
-    for number, listener in enumerate(settings.listen):
-        address = listener.address
-        if address.path and not address.abstract:
-            # Its own file is made again, and may belong to the listener's owner.
-            yield f"listen.{number}.address", Path(address.path).parent
-        for file in (listener.tls.cert, listener.tls.key, listener.tls.client_ca):
-            if file is not None:
-                yield f"listen.{number}.tls", file.parent
-        for name in listener.tls.names:
-            yield f"listen.{number}.tls.names", name.cert.parent
+    yield from _paths_of_listeners(settings)
     if settings.preload:
         for path in settings.python_path:
             yield "python_path", path
         if not settings.python_path:
             yield "preload", settings.working_directory or Path.cwd()
+
+
+def _paths_of_listeners(settings: Settings) -> Iterator[tuple[str, Path]]:
+    for number, listener in enumerate(settings.listen):
+        address = listener.address
+        if address.path and not address.abstract:
+            # Its own file is made again, and may belong to the listener's owner.
+            yield f"listen.{number}.address", Path(address.path).parent
+        for file in filter(None, (listener.tls.cert, listener.tls.key, listener.tls.client_ca)):
+            yield from ((f"listen.{number}.tls", place) for place in _places_of(file))
+        for name in listener.tls.names:
+            for file in filter(None, (name.cert, name.key)):
+                yield from ((f"listen.{number}.tls.names", place) for place in _places_of(file))
+    for service in settings.services:
+        address = service.listener.address
+        if address.path and not address.abstract:
+            yield ".".join(map(str, service.keys)), Path(address.path).parent
+
+
+def _places_of(file: Path) -> Iterator[Path]:
+    """What decides which file is read by a path: its directory, and where it is a link, those of what it leads to. The
+    file itself may be another user's, whose content that is, but for where its owner could put another one.
+    """
+    for _ in range(_MOST_LINKS):
+        yield file.parent
+        try:
+            if file.parent.stat().st_mode & stat.S_ISVTX:
+                yield file
+            file = file.parent / os.readlink(file)
+        except OSError:  # it is no link, or not there
+            return
 
 
 def _open_below(directory: int, name: str, *, make: bool) -> int:

@@ -7,11 +7,14 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from forkd.config.settings import Log, Once
+from forkd.config.address import parse_address
+from forkd.config.listener import Tls, TlsName
+from forkd.config.settings import Admin, Log, Once
 from forkd.system.identity import Identity
 from forkd.system.safe_paths import UnsafePath, open_directory, open_file, unsafe_path, unsafe_settings
 from tests.support.forked import run_in_child
@@ -134,7 +137,9 @@ def unsafe_in(place: Path) -> Iterator[tuple[str, dict[str, object]]]:
     yield "chroot", {"chroot": place}
     yield "python_path", {"preload": True, "python_path": (place,)}
     yield "preload", {"preload": True, "working_directory": place}
-    yield "", {"python_path": (place,), "working_directory": place}
+    yield "admin.address.0", {"admin": Admin(address=(parse_address(f"unix:{file}"),))}
+    yield "agent", {"agent": parse_address(f"unix:{file}")}
+    yield "", {"python_path": (place,), "working_directory": place, "agent": parse_address("unix:@file")}
 
 
 def test_each_path_that_root_uses_is_looked_at(place: Path) -> None:
@@ -142,6 +147,29 @@ def test_each_path_that_root_uses_is_looked_at(place: Path) -> None:
     for key, more in unsafe_in(place):
         found = unsafe_settings(wanting(user=str(NOBODY), **more), WORKERS)
         assert [one for one, _ in found] == [key] * bool(key)
+
+
+def test_files_of_tls_are_safe_where_links_lead(place: Path) -> None:
+    ours, link, theirs = place.parent / "ours", place.parent / "link", place / "file"
+    link.symlink_to(theirs)
+    ours.touch()
+    os.chown(ours, NOBODY, 0)
+    for key, tls in (
+        ("listen.0.tls", Tls(cert=theirs)),
+        ("listen.0.tls", Tls(cert=link)),
+        ("listen.0.tls", Tls(cert=ours, key=link, client_ca=link)),
+        ("listen.0.tls.names", Tls(cert=ours, names=(TlsName(cert=link),))),
+        ("listen.0.tls.names", Tls(cert=ours, names=(TlsName(cert=ours, key=theirs),))),
+    ):
+        settings = wanting(user=str(NOBODY))
+        settings = replace(settings, listen=(replace(settings.listen[0], tls=tls),))
+        assert unsafe_settings(settings, WORKERS) == []
+        os.chown(place, NOBODY, 0)
+        ((found, said),) = unsafe_settings(settings, WORKERS)
+        assert (found, said.startswith(f"{place} belongs to user nobody")) == (key, True)
+        os.chown(place, 0, 0)
+    place.parent.chmod(0o1777)  # there the owner of a file may put another one in its place
+    assert str(ours) in unsafe_settings(settings, WORKERS)[0][1]
 
 
 def test_paths_are_not_judged_by_users_that_are_not_mapped(tmp_path: Path) -> None:
