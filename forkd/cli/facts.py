@@ -194,7 +194,8 @@ def daemons_meant(command: argparse.Namespace) -> list[DaemonFacts]:
         if result is None:
             raise
         seen = None
-    return [_facts(wanted.name, result or _settings_of(seen.status if seen else {}), seen)]
+    name = wanted.name if seen is None else seen.status["name"]  # a run directory may say which one is meant
+    return [_facts(name, result or _settings_of(seen.status if seen else {}), seen)]
 
 
 def _running(wanted: WantedDaemon) -> SeenDaemon:
@@ -328,17 +329,19 @@ def _room(directories: Iterable[Path]) -> Iterator[tuple[str, int]]:
 
 
 def _is_moved(pid: int, log: Path) -> bool:
-    """Whether the standard error of a master, where it logs, is another file than the path leads to."""
+    """Whether a master has another file open for its log than the path leads to by now."""
     try:
-        open_file = os.stat(f"/proc/{pid}/fd/2")
-    except OSError:
+        numbers = os.listdir(f"/proc/{pid}/fd")
+        now = log.stat()
+    except (PermissionError, ProcessLookupError):
         return False
-    try:
-        return not os.path.samestat(open_file, log.stat())
-    except PermissionError:
-        return False
-    except OSError:
-        return True
+    except FileNotFoundError:
+        return os.path.exists(f"/proc/{pid}")
+    for number in numbers:
+        with contextlib.suppress(OSError):  # closed since
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), now):
+                return False
+    return True
 
 
 def tmpfiles_rules() -> list[tuple[str, str, str]]:

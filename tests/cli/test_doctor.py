@@ -191,6 +191,16 @@ def test_doctor_finds_what_is_really_wrong(harness: Harness) -> None:
     assert daemon.command("stop").returncode == 0
 
 
+def test_doctor_knows_the_log_of_a_daemon_in_the_foreground(harness: Harness) -> None:
+    daemon = harness.daemon(name="well", workers=1).run()
+    where = "--run-directory", daemon.run_directory
+    assert "log_rotation" not in findings(daemon, *where)
+    daemon.log.unlink()
+    assert findings(daemon, *where)["log_rotation"].endswith(f"moved away from {daemon.log}, or removed")
+    daemon.log.touch()
+    assert "log_rotation" in findings(daemon, *where)
+
+
 def test_doctor_looks_at_a_file_whose_daemon_does_not_run(harness: Harness, open_directory: Path) -> None:
     needs_root()
     secret = open_directory / "secret"
