@@ -99,7 +99,7 @@ class DaemonState:
         changed_at: when the last one that succeeded has, since the epoch; 0 where none has.
         change_counts: how many reloads and upgrades have ended, by `success` or `failure`.
         kept_counts: what the kernel has counted for sockets, those that are closed by now too (`admin.metrics`).
-        pushed: what counters were when statsd was last told, by name (`admin.statsd`).
+        pushed: what counters were when statsd was last told, by name and labels (`admin.statsd`).
         expiry_warned: by file, when a certificate was last warned of, since the epoch.
         moments: the last ten minutes (`admin.history`).
         superseded: whether another master has the name and the addresses now.

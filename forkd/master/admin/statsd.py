@@ -88,20 +88,22 @@ class StatsdSender:
             self._state.pushed.update({key: value for key, _, value in self._lines() if value is not None})
 
     def _lines(self) -> Iterator[tuple[str, bytes, float | None]]:
-        """Of each value a name, the line, and for a counter what it is then known to be."""
+        """Of each value a key, the line, and for a counter what it is then known to be. Labels whose names are the same
+        here have keys of their own.
+        """
         prefix = f"forkd.{_ODD.sub('_', self._state.generation.settings.name)}"
         for sample in self._metrics.collect():
             name = ".".join(
                 [prefix, *(_ODD.sub("_", one) for one in (sample.name.removeprefix("forkd_"), *sample.labels))]
             )
-            kind = sample.family.kind
+            key, kind = " ".join([sample.name, *sample.labels]), sample.family.kind
             if kind == GAUGE:
-                yield name, f"{name}:{sample.value:.10g}|g".encode(), None
+                yield key, f"{name}:{sample.value:.10g}|g".encode(), None
                 continue
             for part, value in _counted(sample) if kind == HISTOGRAM else (("", sample.value),):
-                added = value - self._state.pushed.get(name + part, 0)
+                added = value - self._state.pushed.get(key + part, 0)
                 if added > 0 or not self._state.pushed:
-                    yield name + part, f"{name}{part}:{added:.10g}|c".encode(), value
+                    yield key + part, f"{name}{part}:{added:.10g}|c".encode(), value
 
     def _send(self, lines: list[tuple[str, bytes, float | None]]) -> bool:
         """Sends some in one datagram; whether they are on their way."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 import socket
+from types import SimpleNamespace
+from typing import Any
 
+from forkd.config.address import Address
+from forkd.master.admin.metrics import COUNTER, Family, Sample
+from forkd.master.admin.statsd import StatsdSender
 from tests.support.changing_daemon import Changing
 from tests.support.daemon import Harness
 from tests.support.processes import DEADLINE
@@ -35,6 +40,27 @@ def test_statsd_is_told_each_event_once(harness: Harness) -> None:
     assert sum(map(int, ACCEPTED.findall(text))) == 6
     assert b"\nforkd.tested.generation:2|g\n" in text
     assert max(map(len, text.splitlines())) < 200
+
+
+def test_statsd_is_told_once_of_labels_that_get_the_same_name(harness: Harness) -> None:
+    receiver = harness.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    receiver.bind(("127.0.0.1", 0))
+    receiver.setblocking(False)
+    settings = SimpleNamespace(name="tested", statsd=Address("udp", *receiver.getsockname()))
+    state: Any = SimpleNamespace(generation=SimpleNamespace(settings=settings), pushed={"": 0})
+    family = Family("pages", COUNTER, "Pages.", ("path",))
+    counted = {"/a": 3.0, "a/": 5.0, "_a": 0.0}
+    metrics: Any = SimpleNamespace(
+        collect=lambda: [Sample("pages", (one,), n, (), family) for one, n in counted.items()]
+    )
+    sender = StatsdSender(state, metrics)
+    sender.advance(0.0)
+    sender.push()
+    assert receiver.recv(1 << 16) == b"forkd.tested.pages._a:3|c\nforkd.tested.pages.a_:5|c"
+    counted["_a"] = 1.0
+    sender.push()
+    assert receiver.recv(1 << 16) == b"forkd.tested.pages._a:1|c"
+    sender.close()
 
 
 def test_statsd_host_that_is_none_fails_the_reload(harness: Harness) -> None:
