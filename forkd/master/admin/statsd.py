@@ -78,11 +78,11 @@ class StatsdSender:
             return
         # The host is a number: the name was looked up where the settings were read.
         family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-        self._sock = socket.socket(family, socket.SOCK_DGRAM)
-        self._sock.setblocking(False)
         try:
+            self._sock = socket.socket(family, socket.SOCK_DGRAM)
+            self._sock.setblocking(False)
             self._sock.connect((where.host, where.port))
-        except OSError:  # no way there; it is tried again when the settings change
+        except OSError:  # no way there, or no IPv6; it is tried again when the settings change
             self.close()
         if not self._state.pushed:  # what was counted before anybody wanted it is no event of now
             self._state.pushed.update({key: value for key, _, value in self._lines() if value is not None})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from forkd.config.address import Address
 from forkd.master.admin.metrics import COUNTER, Family, Sample
@@ -42,12 +45,25 @@ def test_statsd_is_told_each_event_once(harness: Harness) -> None:
     assert max(map(len, text.splitlines())) < 200
 
 
+def state_with(address: Address) -> Any:
+    settings = SimpleNamespace(name="tested", statsd=address)
+    return SimpleNamespace(generation=SimpleNamespace(settings=settings), pushed={"": 0})
+
+
+def test_statsd_that_no_socket_leads_to_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+
+    monkeypatch.setattr("forkd.master.admin.statsd.socket.socket", refuse)
+    metrics: Any = SimpleNamespace(collect=list)
+    assert StatsdSender(state_with(Address("udp", "::1", 8125)), metrics).advance(0.0) is None
+
+
 def test_statsd_is_told_once_of_labels_that_get_the_same_name(harness: Harness) -> None:
     receiver = harness.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     receiver.bind(("127.0.0.1", 0))
     receiver.setblocking(False)
-    settings = SimpleNamespace(name="tested", statsd=Address("udp", *receiver.getsockname()))
-    state: Any = SimpleNamespace(generation=SimpleNamespace(settings=settings), pushed={"": 0})
+    state = state_with(Address("udp", *receiver.getsockname()))
     family = Family("pages", COUNTER, "Pages.", ("path",))
     counted = {"/a": 3.0, "a/": 5.0, "_a": 0.0}
     metrics: Any = SimpleNamespace(
