@@ -182,7 +182,13 @@ def _parse_path(text: str) -> Path:
     return path
 
 
+#: What other programs take as the place of a log, and here would be a file in the current directory.
+_NO_LOGS = frozenset(("console", "false", "journald", "no", "none", "null", "off", "syslog", "systemd"))
+
+
 def _parse_log_target(text: str) -> Path | str:
+    if text.lower() in _NO_LOGS:
+        raise ValueError(f"{text!r} is no file to log to; write stderr, journal, or ./{text} for a file of that name")
     path = None if text in (JOURNAL, "stdout", "-") else _parse_path(text)
     if text in ("stdout", "-") or (path is not None and is_open_file(path)):
         raise ValueError(f"{text!r} is no file to log to; write stderr, journal, or the path of a file")

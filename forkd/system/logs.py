@@ -266,7 +266,8 @@ def open_log(target: Path | str, identity: Identity) -> int:
         elif error.errno in (errno.EACCES, errno.EROFS):
             why = f"{error.strerror}; set log.to to a file that this user may write"
         elif error.errno == errno.ENXIO:
-            why = "it is a named pipe that no program reads, or a socket"
+            is_terminal = path.is_char_device()
+            why = "there is no terminal" if is_terminal else "it is a named pipe that no program reads, or a socket"
         raise ForkdError(f"can't open the log file {path}: {why}") from None
     return descriptor
 

@@ -33,6 +33,11 @@ SETTINGS = {
     ),
     "stdout as a log": ("log: {to: stdout}\n", r"log.to: 'stdout' is no file to log to; write stderr"),
     "a dash as a log": ("log: {to: '-'}\n", r"log.to: '-' is no file to log to; write stderr"),
+    "syslog as a log": (
+        "log: {to: syslog}\n",
+        r"'syslog' is no file to log to; write stderr, journal, or ./syslog for",
+    ),
+    "no log": ("log: {to: None}\n", r"log.to: 'None' is no file to log to; write stderr, journal"),
     "/dev/stdout as a log": ("log: {to: /dev/stdout}\n", r"log.to: '/dev/stdout' is no file to log to; write stderr"),
 }
 

@@ -208,6 +208,15 @@ def test_journal_that_reads_nothing_is_not_waited_for() -> None:
         writer.open(theirs.fileno())
 
 
+def test_terminal_that_a_process_does_not_have_is_no_log() -> None:
+    def open_terminal() -> None:
+        os.setsid()
+        with pytest.raises(ForkdError, match="can't open the log file /dev/tty: there is no terminal"):
+            open_log(Path("/dev/tty"), Identity())
+
+    run_in_child(open_terminal)
+
+
 def test_named_pipe_without_a_reader_is_no_log(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log")
     with pytest.raises(ForkdError, match="it is a named pipe that no program reads"):
