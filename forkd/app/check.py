@@ -19,7 +19,7 @@ from forkd.app.detach import read_until
 from forkd.config.address import Address, parse_address
 from forkd.config.listener import Listener
 from forkd.config.settings import Settings
-from forkd.errors import AddressInUse, ForkdError, HandlerError
+from forkd.errors import AddressInUse, ForkdError, HandlerError, printable
 from forkd.master.spawn import Exit
 from forkd.messages import InvalidMessage, JsonLines, MalformedLine, StepChecked, decode_check, encode
 from forkd.system.identity import Identity
@@ -29,6 +29,9 @@ from forkd.system.private_directory import probe_private_directory
 from forkd.system.process import leave_terminal
 from forkd.system.run_directory import run_directory
 from forkd.system.working_directory import enter_directory, probe_directory
+
+#: Bytes of what handlers print at their import that are shown at most.
+_MOST_PRINTED = 1 << 16
 
 
 def check_addresses(
@@ -115,15 +118,19 @@ def check_handlers(settings: Settings, identity: Identity) -> list[HandlerProble
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        _try_handlers(settings, identity, writer)
-    os.close(writer)
-    received, late = read_until(reader, settings.boot_timeout)
-    if late:
-        os.kill(child, signal.SIGKILL)
-    _, status, usage = os.wait4(child, 0)
+    with open(os.memfd_create("forkd-check"), "w+b", buffering=0) as printed:
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            _leave_terminal_to(printed.fileno())
+            _try_handlers(settings, identity, writer)
+        os.close(writer)
+        received, late = read_until(reader, settings.boot_timeout)
+        if late:
+            os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
+        printed.seek(0)
+        sys.stderr.write(printable(printed.read(_MOST_PRINTED).decode(errors="backslashreplace")))
     steps = _steps_of(received)
     found = [HandlerProblem(*places[one.step], one.reason, one.details) for one in steps if one.reason]
     if not (steps and steps[0].reason) and len(steps) < len(places):
@@ -141,6 +148,17 @@ def _steps_of(received: bytes) -> list[StepChecked]:
     return steps
 
 
+def _leave_terminal_to(printed: int) -> None:
+    """In a child: gives up the terminal, which may be root's while handlers are another user's. What they would print
+    there goes to this descriptor, and there is nothing to read.
+    """
+    leave_terminal()
+    with open(os.devnull, "rb") as nothing:
+        for descriptor, instead in ((0, nothing.fileno()), (1, printed), (2, printed)):
+            if os.isatty(descriptor):
+                os.dup2(instead, descriptor)
+
+
 def _try_handlers(settings: Settings, identity: Identity, writer: int) -> NoReturn:
     """In a child: drops privileges as a worker does, then imports each handler; tells each step on the pipe."""
     # Imported here, as in `daemon`: commands that need no worker do not load it.
@@ -149,7 +167,6 @@ def _try_handlers(settings: Settings, identity: Identity, writer: int) -> NoRetu
     from forkd.serve.stream.tls import load_contexts  # noqa: PLC0415
 
     status = os.EX_SOFTWARE
-    leave_terminal()
     try:
         with contextlib.suppress(ForkdError):  # told by `check_places`
             enter_directory(settings)

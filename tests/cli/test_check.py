@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +91,26 @@ def test_bad_module_of_many_listeners_is_imported_once(tmp_path: Path) -> None:
     assert (tmp_path / "imports").read_text() == "x"
     assert result.stderr.count("Traceback") == 1
     assert result.stderr.count("handler: bad:Handler: importing bad failed: ValueError: oh no") == MANY
+
+
+def test_handlers_have_no_terminal_in_a_check(tmp_path: Path) -> None:
+    (tmp_path / "printing.py").write_text(
+        "import os\n"
+        "print('\\x1b]0;owned\\x07', [os.isatty(descriptor) for descriptor in range(3)])\n"
+        "os.write(2, b'\\x9b31m')\n"
+        "async def serve(reader, writer): pass\n"
+    )
+    code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    check = ["-m", "forkd", "check", "printing:serve", "--listen=tcp://127.0.0.1:0"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, *check],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    for said in (rb"\x1b]0;owned\x07 [False, False, False]", rb"\x9b31m"):
+        assert said in result.stdout
+    assert not re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", result.stdout)

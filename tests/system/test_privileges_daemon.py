@@ -123,6 +123,16 @@ def test_worker_has_no_way_to_the_terminal(open_harness: Harness) -> None:
     assert order_worker(open_harness, daemon, "reach_terminal")["error"] == "OSError"
 
 
+def test_worker_has_no_descriptor_of_the_terminal(open_harness: Harness) -> None:
+    daemon = unprivileged_daemon(open_harness, workers=1)
+    code = "import pty, sys; pty.spawn(['sh', '-c', 'exec \"$@\" 2>/dev/null', 'sh', *sys.argv[1:]])"
+    daemon.prefix = [sys.executable, "-c", code]
+    daemon.run()
+    assert any(os.readlink(one).startswith("/dev/pts/") for one in Path(f"/proc/{daemon.pid}/fd").iterdir())
+    found = order_worker(open_harness, daemon, "descriptors")["value"]
+    assert [link for link in found.values() if link.startswith(("/dev/pts/", "/dev/tty"))] == []
+
+
 def test_worker_of_another_user_ends_with_its_master(open_harness: Harness) -> None:
     """The kernel forgets that it should tell, when a process becomes another user's."""
     daemon = unprivileged_daemon(open_harness).start()
