@@ -125,7 +125,8 @@ def connect(wanted: WantedDaemon) -> MasterConnection:
 def find(wanted: WantedDaemon) -> RunDirectory:
     """The run directory of the daemon. Raises as `connect`."""
     if wanted.run_directory is not None and wanted.run_directory_is_sure:
-        return RunDirectory(wanted.name, wanted.run_directory)
+        there = RunDirectory(wanted.name, wanted.run_directory)
+        return there if wanted.named or wanted.source else _renamed(there)
     held, blocked = _held_places(wanted)
     if held:
         return _one_of(wanted, held)
@@ -179,6 +180,15 @@ def check_project(wanted: WantedDaemon, status: Status) -> None:
         f"{wanted.name} runs, pid {status['pid']}, but it is that of {theirs}, and here is {ours}; to mean that one "
         f"say --name {wanted.name}, and to have two give this one another name"
     )
+
+
+def _renamed(run: RunDirectory) -> RunDirectory:
+    """A run directory that alone says which daemon is meant, with that one's name where it can be seen."""
+    try:
+        pid = run.pid_file.probe()[1]
+    except ForkdError:  # one of this user's group may ask the daemon, and not open that file
+        return run
+    return next((RunDirectory(one.name, run.path) for one in running_masters() if one.pid == pid), run)
 
 
 def _held_places(wanted: WantedDaemon) -> tuple[list[RunDirectory], list[Path]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,10 @@ class ConnectionLimits:
         "off. 0: no limit. Of datagrams, as many as come to 4 MiB are kept at most, and further ones are dropped.",
         64 << 20,
     )
+
+    def most(self, workers: int) -> float:
+        """Connections that so many workers may have at a time; inf where there is no limit."""
+        return min(self.connections or inf, self.per_worker * workers or inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

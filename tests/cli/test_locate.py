@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Harness
+from tests.support.daemon import Harness, forkd
 from tests.support.needs import needs_python_for_all
 from tests.support.processes import DEADLINE
 
@@ -223,3 +223,12 @@ def test_who_sits_at_the_control_path_is_not_trusted(site: Site, own: bool) -> N
                 assert (status, f"user {NOBODY} answers at {run}/control.sock" in said) == (1, True), said
         finally:
             fake.kill()
+
+
+def test_run_directory_alone_says_which_daemon_is_meant(harness: Harness) -> None:
+    daemon = harness.daemon(name="odd").start()
+    for verb, said in (("drain", "odd drained"), ("resume", "odd resumed"), ("scale 1", "odd has 1 worker")):
+        done = forkd(*verb.split(), "--run-directory", daemon.run_directory, cwd=harness.directory)
+        assert done.stdout.startswith(said), done
+    done = forkd("stop", "--run-directory", daemon.run_directory, cwd=harness.directory)
+    assert done.stdout.startswith("odd stopped"), done

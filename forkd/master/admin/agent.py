@@ -10,7 +10,6 @@ passes over those, and takes a percentage without a name and a reason that stand
 from __future__ import annotations
 
 import re
-from math import inf
 
 from forkd.errors import escaped
 from forkd.master.state import DaemonState
@@ -42,9 +41,7 @@ def weight(state: DaemonState) -> int:
     counts, least = state.pool.listener_counts(), 100
     serving = sum(one.state is WorkerState.SERVING for one in state.workers.values())
     for bound in state.generation.bound:
-        limits = bound.listener.limits
-        places = [limits.connections or inf, limits.per_worker * serving or inf]
         taken = counts.get(str(bound.address), [0, 0])
-        free = 1 - (taken[ListenerField.OPENED] - taken[ListenerField.CLOSED]) / min(places)
+        free = 1 - (taken[ListenerField.OPENED] - taken[ListenerField.CLOSED]) / bound.listener.limits.most(serving)
         least = min(least, round(100 * free))
     return max(1, least)

@@ -119,7 +119,7 @@ FAMILIES = {
         Family("forkd_connection_size_bytes", HISTOGRAM, "Bytes of a connection in both directions.", ("listener",)),
         Family("forkd_listener_queue", GAUGE, "Connections that wait to be accepted.", ("listener",)),
         Family("forkd_listener_queue_limit", GAUGE, "How many of them may wait.", ("listener",)),
-        Family("forkd_listener_connections_limit", GAUGE, "Connections that may be open.", ("listener",)),
+        Family("forkd_listener_connections_limit", GAUGE, "Connections that all workers may have.", ("listener",)),
         Family("forkd_listener_drops", COUNTER, "Connections or datagrams that found the queue full.", ("listener",)),
         Family("forkd_listener_resets", COUNTER, "Connections reset before they were made.", ("listener",)),
         Family(
@@ -279,8 +279,8 @@ class Metrics:
                 if (value := found[key]) is not None:
                     value = self._with_former(f"{key} {where[0]}", value, sockets)
                     yield Sample(f"forkd_listener_{key}", where, value)
-            if bound.listener.limits.connections:
-                yield Sample("forkd_listener_connections_limit", where, bound.listener.limits.connections)
+            if (most := bound.listener.limits.most(self._state.wanted)) < inf:
+                yield Sample("forkd_listener_connections_limit", where, most)
             expiries = {str(one["file"]): one["expires"] for one in generation.certificates.told_of(place)}
             for file, expires in expiries.items():
                 yield Sample("forkd_certificate_expiry_timestamp_seconds", (*where, file), expires)

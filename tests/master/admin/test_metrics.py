@@ -96,6 +96,11 @@ def test_master_outlives_what_clients_accept(harness: Harness) -> None:
     assert ask(daemon, "http://localhost/metrics?x=/").status == 200
 
 
+def test_limit_of_each_worker_is_one_of_the_listener(harness: Harness) -> None:
+    daemon = harness.daemon(settings=(ADMIN, "listen.limits.per_worker=5"), workers=3).start()
+    assert sum_of(metrics(daemon), "forkd_listener_connections_limit", listener=daemon.address) == 15
+
+
 def test_metrics_tell_what_there_is(harness: Harness) -> None:
     address = "tcp://127.0.0.1:0"
     limited = {"address": address, "handler": "says:Says", "limits": {"connections": 2, "over": "refuse"}}
