@@ -275,9 +275,8 @@ class Spawner:
                 signal.signal(signum, signals.ignore)
                 signal.siginterrupt(signum, False)
             self._close_in_child()
-            if same_file(1, 2) or os.isatty(
-                1
-            ):  # what is printed goes the way of errors; a terminal is not the worker's
+            # What is printed goes the way of errors; a terminal is not the worker's.
+            if same_file(1, 2) or os.isatty(1):
                 os.dup2(stderr, 1)
             os.dup2(stderr, 2)
             os.close(stderr)
