@@ -390,7 +390,7 @@ def _read_section(
                 continue
             if _check_tag(key_node, _PLAIN_TAGS | {_MAP, _SEQ}, keys, result):
                 result.add_problem_at(
-                    key_node.start_mark, _unknown_setting(_describe(key_node) if key is None else key, known)
+                    key_node.start_mark, _unknown_setting(_describe(key_node) if key is None else key, section)
                 )
         elif key in seen:
             result.add_problem_at(key_node.start_mark, f"{key}: given twice; the first is at {_position(seen[key])}")
@@ -566,16 +566,31 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _unknown_setting(key: str, known: Iterable[str]) -> str:
-    known = list(known)
+def _unknown_setting(key: str, here: type) -> str:
+    known = list(options(here))
     home = next((place for place, section in _SECTIONS.items() if key in options(section)), None)
+    if home is None:
+        below = [place for place, section in _sections_below(here) if key in options(section)]
+        anywhere = [place for place, section in _sections_below(Settings) if key in options(section)]
+        home = " or ".join(below or anywhere)
     if key.startswith(_IGNORED):
         home = "at the top level"
-    if home is not None and key not in known:
+    if home and key not in known:
         return f"{key}: unknown setting here; it belongs {home}"
     close = difflib.get_close_matches(key, known, n=1)
     meant = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
     return f"{key}: unknown setting; {meant}"
+
+
+def _sections_below(section: type) -> Iterator[tuple[str, type]]:
+    """The sections in a section, and where that is, in words."""
+    for name, option in options(section).items():
+        many = isinstance(option.kind, ListOf)
+        kind = option.kind.item if isinstance(option.kind, ListOf) else option.kind
+        if isinstance(kind, type):
+            place = f"in {'an item of ' if many else ''}{name}"
+            yield place, kind
+            yield from ((f"{deeper} of{place.removeprefix('in')}", one) for deeper, one in _sections_below(kind))
 
 
 def _first_sentence(option: Option) -> str:

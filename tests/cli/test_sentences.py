@@ -25,6 +25,9 @@ SETTINGS = {
         r"limits: unknown setting here; it belongs in an item of listen",
     ),
     "workers in a listener": ("", r"workers: unknown setting here; it belongs at the top level"),
+    "log.level at the top level": ("level: info\n", r"level: unknown setting here; it belongs in log"),
+    "idle at the top level": ("idle: 5s\n", r"idle: unknown setting here; it belongs in timeouts of an item of listen"),
+    "cert in a section": ("log: {cert: /x}\n", r"it belongs in tls of an item of listen or in an item of names of tls"),
     "a merge key of text": ("<<: workers\n", r"<<: expected an alias of settings, as in <<: \*NAME, found 'workers'"),
     "one value for several": ("python_path: /x\n", r"python_path: expected a sequence, found '/x'; write \[/x\]"),
     "an address in a flow mapping": (
