@@ -54,6 +54,8 @@ def wanted_daemon(command: argparse.Namespace) -> WantedDaemon:
     """The daemon that a command means. Raises UsageError for a wrong name or directory on the command line."""
     target = command.target
     path = None if target is None or is_handler(target) else settings_file(target)
+    if path is not None and os.path.isdir(path):  # its name is no daemon's
+        raise UsageError(f"{target} is a directory; name a settings file, or --run-directory {target}")
     result = None if path is None else _read_file(path)
     name, named = _name_of(command, result)
     directory = result.settings.run_directory if result is not None else None

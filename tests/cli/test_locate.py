@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from forkd.cli import main
 from tests.support.daemon import Harness, forkd
 from tests.support.needs import needs_python_for_all
 from tests.support.processes import DEADLINE
@@ -223,6 +224,12 @@ def test_who_sits_at_the_control_path_is_not_trusted(site: Site, own: bool) -> N
                 assert (status, f"user {NOBODY} answers at {run}/control.sock" in said) == (1, True), said
         finally:
             fake.kill()
+
+
+@pytest.mark.parametrize("verb", ["status", "stop"])
+def test_directory_is_no_daemons_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, str(tmp_path)]) == os.EX_USAGE
+    assert f"{tmp_path} is a directory; name a settings file, or --run-directory {tmp_path}" in capsys.readouterr().err
 
 
 def test_run_directory_alone_says_which_daemon_is_meant(harness: Harness) -> None:
