@@ -256,7 +256,7 @@ class Spawner:
     ) -> int:
         """What a child does, to its exit status."""
         (ours, channel), (reader, stderr) = channels, pipe
-        status = _SOFTWARE
+        status, process = _SOFTWARE, os.getpid()
         try:
             ours.close()
             os.close(reader)
@@ -286,7 +286,10 @@ class Spawner:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             log.debug("process of a handler ended by sys.exit(%r)", error.code)
         except BaseException:  # (a worker's main: the border between a worker's bug and its exit record)
-            log.critical("worker ended by an exception", exc_info=True)
+            if os.getpid() == process:
+                log.critical("worker ended by an exception", exc_info=True)
+            else:
+                log.error("a process that the handler has forked came back from it, and ends; it should call os._exit")
         flush_output()
         return status
 

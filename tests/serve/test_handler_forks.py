@@ -63,7 +63,7 @@ def test_client_sees_its_end_while_a_pool_lives(harness: Harness) -> None:
 def test_child_that_comes_back_ends_with_an_error(harness: Harness) -> None:
     daemon = forking(harness)
     client = harness.connect(daemon)
-    daemon.expect("worker 1 child.* worker ended by an exception")
+    daemon.expect("worker 1 child.* a process that the handler has forked came back from it, and ends")
     assert ask(client, b"back") == "back"
     assert echoes(client)
     assert (daemon.run_directory / "control.sock").exists()
