@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import gzip
 import os
 import threading
@@ -19,6 +20,7 @@ binary = (HERE / f"{PID}.binary").open("wb")
 packed = gzip.open(HERE / f"{PID}.gz", "wb")  # noqa: SIM115
 pool = ThreadPoolExecutor(1)
 stuck = threading.Event()
+gc.set_threshold(1_000_000)  # so that nothing looks for garbage before the end
 
 
 @atexit.register

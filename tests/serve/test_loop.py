@@ -62,10 +62,11 @@ def soon(kit: Kit) -> tuple[asyncio.Future[str], Callable[..., None]]:
 def test_timers_fire_in_the_order_of_their_times(kit: Kit) -> None:
     fired: list[object] = []
     done, finish = soon(kit)
+    now = kit.loop.time()  # of all: this test may be held up between two of them
     for delay in (0.03, 0.01, 0.02, 0):
-        kit.loop.call_later(delay, fired.append, delay)
-    kit.loop.call_later(0.02, fired.append, "cancelled").cancel()
-    kit.loop.call_later(0.04, finish)
+        kit.loop.call_at(now + delay, fired.append, delay)
+    kit.loop.call_at(now + 0.02, fired.append, "cancelled").cancel()
+    kit.loop.call_at(now + 0.04, finish)
     kit.run(done)
     assert fired == [0, 0.01, 0.02, 0.03]
 
@@ -186,9 +187,10 @@ def test_a_served_callback_sets_an_earlier_timer(kit: Kit) -> None:
     done, finish = soon(kit)
 
     def set_timers() -> None:
-        kit.loop.call_later(0.03, finish)
-        kit.loop.call_later(0.02, fired.append, "second")
-        kit.loop.call_later(0.01, fired.append, "first")
+        now = kit.loop.time()  # as above
+        kit.loop.call_at(now + 0.03, finish)
+        kit.loop.call_at(now + 0.02, fired.append, "second")
+        kit.loop.call_at(now + 0.01, fired.append, "first")
 
     late = kit.loop.call_later(DEADLINE * 2, fired.append, "late")
     _, send = kit.on_byte(set_timers)
