@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atexit.register(_skip_garbage)
     words = sys.argv[1:] if arguments is None else arguments
     if RESUME not in os.environ:
-        _receive_signals()
-        if os.getpid() == 1 or words[:1] == ["run"]:
-            _catch_signals()
+        _receive_signals(catch=os.getpid() == 1 or words[:1] == ["run"])
     try:
         command = parse(words)
         status = _resume(command) if RESUME in os.environ else command.run(command)
@@ -116,13 +114,18 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
 
 
-def _receive_signals() -> None:
+def _receive_signals(*, catch: bool) -> None:
     """Undoes what a parent may have left, and neither this process nor a program of its handlers could know of: blocked
     signals, which would never end them, and an ignored SIGCHLD, by which nobody learns how a child has ended (wait(2)).
+
+    Args:
+        catch: whether those that ask for a stop are to be caught from now on, too.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if catch:
+        _catch_signals()
 
 
 def _catch_signals() -> None:

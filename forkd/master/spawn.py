@@ -260,8 +260,8 @@ class Spawner:
         try:
             ours.close()
             os.close(reader)
-            # A group that is found again when it has ended. Not a session: the kernel's scheduler takes each session
-            # for a group of its own (sched(7), autogroup), which costs every request a tenth more CPU.
+            # Not a session: the kernel's scheduler takes each one for a group of its own (sched(7), autogroup), which
+            # costs every request a tenth more CPU. By its group what is left is found when it has ended.
             os.setpgid(0, 0)
             leave_terminal()
             if os.isatty(0):  # of another group, a program that reads it would be stopped
@@ -285,11 +285,8 @@ class Spawner:
         except SystemExit as error:  # in a process that a handler has forked
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             log.debug("process of a handler ended by sys.exit(%r)", error.code)
-        except BaseException:  # (a worker's main: the border between a worker's bug and its exit record)
-            if os.getpid() == process:
-                log.critical("worker ended by an exception", exc_info=True)
-            else:
-                log.error("a process that the handler has forked came back from it, and ends; it should call os._exit")
+        except BaseException:  # noqa: BLE001 (a worker's main: the border between its bug and its exit record)
+            _log_raised(came_back=os.getpid() != process)
         flush_output()
         return status
 
@@ -314,6 +311,14 @@ class Spawner:
             if pid == 0:
                 return
             yield Exit(pid, status, usage.ru_maxrss * 1024)
+
+
+def _log_raised(*, came_back: bool) -> None:
+    """Logs the exception that ends a child, or a process that its handler has forked and that came back from it."""
+    if came_back:
+        log.error("a process that the handler has forked came back from it, and ends; it should call os._exit")
+    else:
+        log.critical("worker ended by an exception", exc_info=True)
 
 
 def _read_nothing() -> None:
