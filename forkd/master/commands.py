@@ -100,7 +100,7 @@ class Requests:
     def __init__(self, master: MasterActions) -> None:
         self._master = master
         self._waiting: list[tuple[ControlClient, Outcome]] = []
-        self._drains_by = inf  # when the clients' workers are waited for no longer, after a restart
+        self._drains_by = inf  # after a restart: until when workers are waited for that take clients yet
         self._successor: ControlClient | None = None  # starts the master that is to succeed this one
 
     @property

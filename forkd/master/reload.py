@@ -3,9 +3,9 @@
 A reload is a transaction. A helper process reads the settings again, says which listeners it keeps and binds what is
 new; then a whole generation, the candidate, boots beside the one that serves; when all of it is ready it takes over,
 and the reload is done as soon as the workers that it replaces take no more clients. Whatever goes wrong before, the
-generation that serves has not been touched. An upgrade tries the new code in a
-helper, replaces the master's image, and reloads. `Changes` has one change under way at a time: what is asked meanwhile
-is done after it, once, however often it was asked.
+generation that serves has not been touched. An upgrade tries the new code in a helper, replaces the master's image, and
+reloads. `Changes` has one change under way at a time: what is asked meanwhile is done after it, once, however often it
+was asked.
 
 `LogFiles` are the master's: opened here, reopened when they were rotated, changed with the settings. The log's
 descriptor keeps its number for the daemon's life; what it leads to changes. Workers get a new file by their channels,
