@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_descriptors()  # before anything else is opened
     atexit.register(_skip_garbage)
     words = sys.argv[1:] if arguments is None else arguments
-    if RESUME not in os.environ:
-        _receive_signals(catch=os.getpid() == 1 or words[:1] == ["run"])
     try:
+        if RESUME not in os.environ:
+            _receive_signals(catch=os.getpid() == 1 or words[:1] == ["run"])
         command = parse(words)
         status = _resume(command) if RESUME in os.environ else command.run(command)
         sys.stdout.flush()
@@ -121,26 +121,28 @@ def _receive_signals(*, catch: bool) -> None:
     Args:
         catch: whether those that ask for a stop are to be caught from now on, too.
     """
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # Handlers come first: one that waits arrives as soon as it is not blocked, and the kernel drops it for PID 1.
+    signal.pthread_sigmask(signal.SIG_SETMASK, _catch_signals() if catch else ())
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if catch:
-        _catch_signals()
 
 
-def _catch_signals() -> None:
-    """Has a signal that asks for a stop end this process in order, and others wait, until the master's loop takes them.
-    The kernel drops what PID 1 has no handler for (kill(2)), and else the daemon would leave its files behind.
+def _catch_signals() -> list[signal.Signals]:
+    """Has a signal that asks for a stop end this process in order. The kernel drops what PID 1 has no handler for
+    (kill(2)), and else the daemon would leave its files behind.
+
+    Returns:
+        Those that are to be blocked until the master's loop takes them.
     """
 
     def stop(*_: object) -> None:
         raise StoppedAtStart
 
+    ends = (signals.Command.STOP, signals.Command.QUIT)
     for row in signals.MASTER:
-        if row.command in (signals.Command.STOP, signals.Command.QUIT):
+        if row.command in ends:
             signal.signal(row.signal, stop)
-        elif row.command is not signals.Command.REAP:
-            signal.pthread_sigmask(signal.SIG_BLOCK, (row.signal,))
+    return [row.signal for row in signals.MASTER if row.command not in (*ends, signals.Command.REAP)]
 
 
 def _open_standard_descriptors() -> None:

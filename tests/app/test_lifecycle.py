@@ -24,6 +24,21 @@ from tests.support.clients import at_end, echoes
 from tests.support.daemon import Harness, forkd
 from tests.support.processes import DEADLINE, eventually, title, wait_end
 
+_TERM_FIRST = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+for number in (signal.SIGHUP, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+os.execv(sys.executable, [sys.executable, "-m", "forkd", "run", *sys.argv[1:]])
+"""
+
+
+def test_signals_that_waited_for_the_start_end_it_in_order(harness: Harness) -> None:
+    daemon = harness.daemon()
+    words = [sys.executable, "-c", _TERM_FIRST, *map(str, (*daemon.identity, *daemon.options))]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
 
 def test_file_with_a_name_of_another_encoding_is_taken(harness: Harness, tmp_path: Path) -> None:
     file = tmp_path / "caf\udce9.yaml"
