@@ -26,7 +26,7 @@ from forkd.system.libc import prctl
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-_FLUSH_SECONDS = 0.5  # for files, after threads and atexit have had their time
+_FLUSH_SECONDS = 1.0  # for files, after threads and atexit have had their time
 
 log = logging.getLogger("forkd.process")
 
@@ -47,7 +47,7 @@ def finish_interpreter(seconds: float) -> None:
     registered with atexit (of multiprocessing, too), and flushes the files that are open.
 
     Args:
-        seconds: for which threads and atexit may take. The process ends half a second later at the latest, with the
+        seconds: for which threads and atexit may take. The process ends a second later at the latest, with the
             stacks of its threads on standard error.
     """
     with contextlib.suppress(RuntimeError):  # no thread can be had for it

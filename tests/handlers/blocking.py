@@ -90,7 +90,7 @@ def ends(sock: socket.socket, address: Any) -> None:
             sys.exit(0)
         os.wait()
     if word == "sleep":  # whatever becomes of its client
-        time.sleep(0.3)
+        time.sleep(1)
 
 
 def busy(sock: socket.socket, address: Any) -> None:

@@ -118,7 +118,7 @@ def block() -> None:
 
 def block_a_while() -> None:
     """Holds up its loop for some time."""
-    time.sleep(0.5)
+    time.sleep(1.5)
     note("blocked a while")
 
 

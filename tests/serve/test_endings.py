@@ -45,7 +45,7 @@ def test_worker_ends_as_an_interpreter_does(harness: Harness, how: str) -> None:
     [(b"stuck", "threads of the handler still run: stays"), (b"atexit", "its atexit functions still run")],
 )
 def test_worker_whose_end_takes_too_long_ends_in_time(harness: Harness, word: bytes, said: str) -> None:
-    daemon = leaving(harness, "drain_timeout=1s", "stall_timeout=500ms")
+    daemon = leaving(harness, "drain_timeout=1s", "stall_timeout=900ms")
     (pid,) = daemon.workers().values()
     with harness.connect(daemon) as client:
         assert echoes(client, word)

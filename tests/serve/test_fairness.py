@@ -17,8 +17,8 @@ from tests.support.daemon import Harness
 from tests.support.processes import DEADLINE
 
 #: Seconds of `stall_timeout`: much more than one piece takes (`busy.SLOW`), and less than all of them.
-STALL = 0.3
-PIECES = 30
+STALL = 1.0
+PIECES = 60
 
 
 @pytest.mark.parametrize("handler", ["SlowEcho", "SlowCallbacks"])

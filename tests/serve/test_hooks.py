@@ -155,7 +155,7 @@ def test_teardown_that_fails_or_is_late_is_told_of(harness: Harness) -> None:
 
 
 def test_teardown_that_blocks_is_not_taken_for_a_stall(harness: Harness) -> None:
-    daemon = hooked(harness, "teardown=hooked:block_a_while", "stall_timeout=100ms").run()
+    daemon = hooked(harness, "teardown=hooked:block_a_while", "stall_timeout=500ms").run()
     daemon.signal(signal.SIGTERM)
     assert daemon.process is not None
     assert daemon.process.wait(20) == 0

@@ -119,7 +119,7 @@ def test_drain_waits_for_lingering_clients_but_a_quit_does_not(daemon: Daemon) -
         eventually(lambda: {*daemon.workers("draining").values()} == old, what="the drain")
         began = monotonic()
         daemon.stop()
-        assert monotonic() - began < 5
+        assert monotonic() - began < 15
 
 
 @pytest.mark.parametrize("target", TARGETS)

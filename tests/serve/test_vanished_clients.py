@@ -95,10 +95,10 @@ def test_vanished_clients_are_closed_in_the_time_of_settings(talk: tuple[Daemon,
         name: moment(daemon.wait_log(f"{name}: its connection was lost by TimeoutError")) - cut
         for name in ("silent", "unread", "six", "little", "much", "both", "unwilling")
     }
-    # One second more than the settings say, for TCP's timers are not exact: three seconds of silence, or two without an
-    # acknowledgement, or with the window shut.
-    assert max(took[name] for name in ("silent", "unread", "six")) < 4, took
-    assert max(took[name] for name in ("little", "much", "both", "unwilling")) < 3, took
+    # Three seconds of silence, or two without an acknowledgement, or with the window shut, and the rest for TCP's timers,
+    # which are not exact, and for a machine that is busy. Without the settings it takes at least 15 minutes.
+    assert max(took[name] for name in ("silent", "unread", "six")) < 20, took
+    assert max(took[name] for name in ("little", "much", "both", "unwilling")) < 20, took
     assert min(took[name] for name in ("little", "much")) > 1.9, took
     for name in ("little", "much"):
         daemon.wait_log(f"{name}: [0-9]+ bytes are unacknowledged after 0.5 s")

@@ -94,7 +94,7 @@ def test_unread_records_wait_and_come_whole_and_in_order(ends: Ends) -> None:
         began = time.monotonic()
         for line in lines:
             writer.put(line)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         assert drain(reader, writer, 100 * len(lines)) == b"".join(lines)
         assert writer.lost_total == 0
 
@@ -120,7 +120,7 @@ def test_process_waits_for_its_reader_for_a_bounded_time(ends: Ends) -> None:
         began = time.monotonic()
         for _ in range(1000):
             writer.put(LINE * 10)
-        assert 0.2 <= time.monotonic() - began < 2
+        assert 0.2 <= time.monotonic() - began < 20
 
 
 def test_loop_that_sees_to_the_log_is_not_held_up(ends: Ends) -> None:
@@ -138,7 +138,7 @@ def test_loop_that_sees_to_the_log_is_not_held_up(ends: Ends) -> None:
         began = time.monotonic()
         for _ in range(3000):
             writer.put(LINE)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         data = b""
         while len(data) < 100 * 3000:
             for key, _ in selector.select(0):

@@ -207,7 +207,7 @@ def test_client_that_resets_is_no_error(harness: Harness) -> None:
 
 
 def test_handler_that_goes_on_without_its_client_is_no_stall(harness: Harness) -> None:
-    settings = ("stall_timeout=200ms", "listen.threads=1")
+    settings = ("stall_timeout=500ms", "listen.threads=1")
     daemon = harness.daemon(target="blocking:ends", workers=1, settings=settings).start()
     pid = daemon.workers()[1]
     with dial(daemon.address) as client:
