@@ -114,6 +114,8 @@ def _state_lines(found: dict[str, Any]) -> Iterator[str]:
         yield from found["reason"].split("; ")
     if failure := found["last_failure"]:
         yield f"the last {escaped(failure['text'])} (at {_when(failure['time'])})"
+    if lost := found.get("log_lines_lost"):
+        yield f"{lost} log lines lost: the log could not be written"
     if found["change"]:
         yield f"{found['change']} is under way"
 

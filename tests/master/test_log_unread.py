@@ -75,6 +75,7 @@ def test_daemon_whose_log_is_not_read_serves_and_stops(
         tell(client, "log 3000")  # 3 MB, of which the worker keeps one
         tell(client, "print 3000")  # these the master logs
         eventually(lambda: daemon.status()["log_lines_lost"] > 0, what="lost lines")
+        assert re.search(r"^\d+ log lines lost: the log could not be written$", daemon.command("status").stdout, re.M)
         assert daemon.workers() == workers
         if signum == signal.SIGTERM:
             read_until(ends[0], r"master\[\d+\] \S+: \d+ log lines lost", r"worker 1\[\d+\] \S+: \d+ log lines lost")
