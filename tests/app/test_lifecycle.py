@@ -112,7 +112,7 @@ def test_start_returns_only_when_every_worker_is_ready(harness: Harness, tmp_pat
         start = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE)
         with start:
             gate.write(b"1")
-            eventually((daemon.run_directory / "control.sock").exists)
+            daemon.wait_answer()
             eventually(lambda: len(daemon.workers()) == 1, what="the first worker")
             assert daemon.status()["state"] == "starting"
             assert start.poll() is None
@@ -333,7 +333,7 @@ def test_stop_during_a_start_ends_both(harness: Harness, tmp_path: Path) -> None
     with open(tmp_path / "gate", "r+b", buffering=0):
         command = [sys.executable, "-m", "forkd", "start", *daemon.target, *daemon.identity, *daemon.options]
         with subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE) as start:
-            eventually((daemon.run_directory / "control.sock").exists)
+            daemon.wait_answer()
             assert daemon.command("stop").returncode == 0
             assert start.stderr is not None
             assert select.select([start.stderr], [], [], DEADLINE)[0]

@@ -265,7 +265,8 @@ def test_top_leaves_the_terminal_as_it_was_when_it_is_ended(harness: Harness, si
 
 def test_top_once_prints_one_picture_as_text(harness: Harness) -> None:
     daemon = harness.daemon().start()
-    assert echoes(harness.connect(daemon))
+    client = harness.connect(daemon)
+    assert echoes(client)
     for options in (("--once",), ()):  # what is no terminal gets text, too
         result = daemon.command("top", *options)
         lines = result.stdout.splitlines()
@@ -274,6 +275,7 @@ def test_top_once_prints_one_picture_as_text(harness: Harness) -> None:
         assert lines[1].startswith("2 of 2 workers, 1 clients, ")
         assert [line.split()[1] for line in lines[-2:]] == [str(pid) for _, pid in sorted(daemon.workers().items())]
         assert max(map(len, lines)) <= 80
+    client.close()
     assert daemon.command("stop").returncode == 0
     assert daemon.command("top", "--once").returncode == 1
 

@@ -207,7 +207,7 @@ def test_reload_that_is_asked_for_during_the_start_follows_it(harness: Harness) 
     daemon = site.daemon
     with site.gate("first") as let:
         start = site.begin("start")
-        eventually((daemon.run_directory / "control.sock").exists)
+        daemon.wait_answer()
         daemon.signal(signal.SIGHUP)
         daemon.wait_log("reload: waits for what is under way: starting")
         site.write(workers=1)

@@ -95,8 +95,8 @@ def test_vanished_clients_are_closed_in_the_time_of_settings(talk: tuple[Daemon,
         name: moment(daemon.wait_log(f"{name}: its connection was lost by TimeoutError")) - cut
         for name in ("silent", "unread", "six", "little", "much", "both", "unwilling")
     }
-    # Three seconds of silence, or two without an acknowledgement, or with the window shut, and the rest for TCP's timers,
-    # which are not exact, and for a machine that is busy. Without the settings it takes at least 15 minutes.
+    # Three seconds of silence, or two without an acknowledgement, or with the window shut. The rest: TCP's timers,
+    # which are not exact, and a machine that is busy. Without the settings it takes 15 minutes at least.
     assert max(took[name] for name in ("silent", "unread", "six")) < 20, took
     assert max(took[name] for name in ("little", "much", "both", "unwilling")) < 20, took
     assert min(took[name] for name in ("little", "much")) > 1.9, took

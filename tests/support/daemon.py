@@ -130,6 +130,16 @@ class Daemon:
             return bool(self.status()["state"] == "running")
         return False
 
+    def wait_answer(self) -> None:
+        """Waits until its master can be asked, which may be some time before it is up."""
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):  # the file of its socket is there a moment before it listens
+                return bool(self.status())
+            return False
+
+        eventually(answers, what="the master's answer")
+
     def _gone(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
