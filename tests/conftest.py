@@ -22,7 +22,12 @@ STARTING = {"harness", "open_harness", "container"}
 
 
 # How long one example takes is the machine's matter, which may be busy.
-hypothesis.settings.register_profile("any machine", deadline=None, max_examples=50)  # `make fuzz` tries more
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    max_examples=50,  # `make fuzz` tries more
+)
 hypothesis.settings.load_profile("any machine")
 
 

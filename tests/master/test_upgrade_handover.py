@@ -123,7 +123,7 @@ def test_helper_tries_the_image_or_prepares_the_reload(fake: FakeReload, monkeyp
 STEPS = st.lists(st.sampled_from(["reload", "upgrade", "diff", "boot", "finish", "fail", "look", "stop"]), max_size=25)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=STEPS)
 def test_client_gets_one_outcome_whatever_happens(
     tmp_path: Path, handed: list[Sequence[int]], steps: list[str]

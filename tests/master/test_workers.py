@@ -189,7 +189,7 @@ def test_bytes_on_stderr_that_are_no_text_are_kept_escaped(
     assert logged(caplog)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(lines=st.lists(st.text("ab \t", max_size=8), max_size=15), cuts=st.lists(st.integers(0, 130), max_size=6))
 def test_lines_are_the_same_however_they_are_chunked(children: FakeChildren, lines: list[str], cuts: list[int]) -> None:
     child = children.child()
