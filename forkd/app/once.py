@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from forkd.app.detach import FINISH_SECONDS, Launcher, fork_off
 from forkd.config.address import Address
 from forkd.config.settings import Settings
+from forkd.config.values import UNIX
 from forkd.errors import BootError, ForkdError
 from forkd.messages import OnceReady
 from forkd.serve.handler_forks import leave_at_fork
@@ -170,7 +171,7 @@ def _inherit(settings: Settings) -> PreparedSource:
         _reserve(target_fd)
     for one in found:
         tune(one.sock, listener)
-    if once.from_ and first.sock.family == socket.AF_UNIX:
+    if once.from_ and first.sock.family == socket.AF_UNIX and UNIX not in listener.proxy_protocol:
         raise ForkdError(f"once.from: means where a tcp client comes from, and {listener.address} is a unix socket")
     address = address_of(first.sock)
     if is_listening(first.sock) or (first.sock.type == socket.SOCK_DGRAM and not is_connected(first.sock)):

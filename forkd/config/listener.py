@@ -323,11 +323,12 @@ class Listener:
     deny: tuple[Network, ...] = option(
         ListOf(values.NETWORK), "Networks whose clients are refused, also those in `allow`.", []
     )
-    proxy_protocol: tuple[Network, ...] = option(
-        ListOf(values.NETWORK),
-        "Networks of the proxies that clients come by. A header in front of what a proxy forwards (PROXY protocol, "
-        "version 1 or 2; of datagrams version 2) tells the client's address, for handlers, logs, limits, `allow` and "
-        "`deny`. Where there are some, others are refused, and so is what comes without a header. Default: no proxy.",
+    proxy_protocol: tuple[Network | str, ...] = option(
+        ListOf(values.PROXY),
+        "Networks of the proxies that clients come by; at a unix socket `unix`, for whoever may connect there. A "
+        "header in front of what a proxy forwards (PROXY protocol, version 1 or 2; of datagrams version 2) tells the "
+        "client's address, for handlers, logs, limits, `allow` and `deny`. Where there are some, others are refused, "
+        "and so is what comes without a header. Default: no proxy.",
         [],
     )
 

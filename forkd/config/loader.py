@@ -26,7 +26,7 @@ import yaml
 from forkd.config.fields import Kind, ListOf, MappingOf, Option, default_of, make_section, options
 from forkd.config.listener import Listener, refused_by_servers
 from forkd.config.settings import Settings
-from forkd.config.values import ARGUMENT, PROGRAM_TEXT, ScalarKind
+from forkd.config.values import ARGUMENT, PROGRAM_TEXT, UNIX, ScalarKind
 from forkd.errors import ConfigError, Problem
 
 #: Bytes of a settings file at most.
@@ -675,10 +675,17 @@ def _address_disagreements(listener: Listener) -> Iterator[Mistake]:
         ("limits", "rate_per_ip"): limits.rate_per_ip,
         ("allow",): listener.allow,
         ("deny",): listener.deny,
-        ("proxy_protocol",): listener.proxy_protocol,
     }
-    for keys in (keys for keys, value in values.items() if value and listener.address.is_unix):
-        yield keys, f"means the addresses that clients come from, and {listener.address} has none"
+    address, proxies = listener.address, listener.proxy_protocol
+    known = not address.is_unix or UNIX in proxies  # a proxy says it
+    for keys in (keys for keys, value in values.items() if value and not known):
+        yield keys, f"means the addresses that clients come from, and {address} has none"
+    if address.scheme == "unix-dgram" and proxies:
+        yield ("proxy_protocol",), f"is of connections and of udp://, and at {address} come datagrams of unix sockets"
+    elif address.is_unix and any(one != UNIX for one in proxies):
+        yield ("proxy_protocol",), f"names networks, and what connects to {address} has no address; write [{UNIX}]"
+    elif address.scheme in ("tcp", "udp") and UNIX in proxies:
+        yield ("proxy_protocol",), f"{UNIX} is for a unix socket, and {address} is none; write the proxies' networks"
 
 
 def _tls_disagreements(listener: Listener) -> Iterator[Mistake]:
@@ -736,7 +743,7 @@ def _once_disagreements(settings: Settings) -> Iterator[Mistake]:
     if once.fd in (1, 2):
         yield ("once", "fd"), f"{once.fd} is where forkd's own output goes; take 0, or a number from 3 on"
     address = settings.listen[0].address if settings.listen else None
-    if once.from_ and address is not None and address.is_unix:
+    if once.from_ and address is not None and address.is_unix and UNIX not in settings.listen[0].proxy_protocol:
         yield ("once", "from"), f"means where a tcp client comes from, and {address} has none"
     if once.rendezvous is None:
         return

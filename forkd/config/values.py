@@ -54,6 +54,9 @@ OFF = "off"
 #: The word for systemd's journal as the log's target.
 JOURNAL = "journal"
 
+#: The word for what connects to a unix socket, where others are told by their networks.
+UNIX = "unix"
+
 #: What is open in a process, by the paths that the kernel and udev(7) give it (proc_pid_fd(5)).
 _OPEN_FILE = re.compile(r"/dev/std(in|out|err)|/proc/(self|thread-self|\d+)(/task/\d+)?/fd/\d+", re.ASCII)
 
@@ -100,6 +103,13 @@ def parse_network(text: str) -> Network:
         if "host bits" in str(error):
             wanted = f"did you mean {ipaddress.ip_network(text, strict=False)}?"
         raise ValueError(f"{text[:80]!r} is not a network; {wanted}") from None
+
+
+def parse_proxy(text: str) -> Network | str:
+    """Where proxies connect from: a network, or `UNIX`."""
+    if text.startswith(f"{UNIX}:"):
+        raise ValueError(f"{text[:80]!r} is not a network; did you mean {UNIX}?")
+    return UNIX if text == UNIX else parse_network(text)
 
 
 def parse_group(text: str) -> str:
@@ -420,6 +430,9 @@ ADDRESS = ScalarKind(
     "address", parse_address, str, {"type": "string", "pattern": "^(tcp://|udp://|unix:|unix-dgram:|fd:)"}
 )
 NETWORK = ScalarKind("network", parse_network, str, {"type": "string", "pattern": r"^[0-9A-Fa-f:.]+(/[0-9]+)?$"})
+PROXY = ScalarKind(
+    "network or unix", parse_proxy, str, {"type": "string", "pattern": r"^([0-9A-Fa-f:.]+(/[0-9]+)?|unix)$"}
+)
 GROUP = ScalarKind(
     "multicast group", parse_group, str, {"type": "string", "pattern": r"^[0-9A-Fa-f:.]+(%[^\s/%]{1,15})?$"}
 )

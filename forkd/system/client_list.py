@@ -147,7 +147,7 @@ def _tcp_client(found: TcpSocket, owner: SocketOwner, listener: str, now: int) -
         "worker": owner.slot,
         "pid": owner.pid,
         "listener": listener,
-        "client": peer if told is None else _endpoint(host_text(socket.AF_INET6, told[0]), told[1]),
+        "client": peer if told is None else _told(told),
         "proxy": None if told is None else peer,
         "age": _connection_age(owner, now),
         "idle": min(info.last_data_sent, info.last_data_received) / 1e3,
@@ -158,6 +158,11 @@ def _tcp_client(found: TcpSocket, owner: SocketOwner, listener: str, now: int) -
         "rtt": info.rtt / 1e6,
         "state": _STATES[found.state],
     }
+
+
+def _told(client: tuple[bytes, int]) -> str:
+    """A client's address and port as its proxy has told them."""
+    return _endpoint(host_text(socket.AF_INET6, client[0]), client[1])
 
 
 def _endpoint(host: str, port: int) -> str:
@@ -187,14 +192,15 @@ def _unix_clients(listeners: Iterable[JsonObject], owners: Mapping[int, SocketOw
     processes = _processes_with({found.peer for found in clients} - {0})
     for found in clients:
         peer = everyone.get(found.peer)
-        owner = owners[found.inode]
+        owner, process = owners[found.inode], _unix_peer(peer, processes)
+        told = owner.clients.get(found.cookie)
         yield {
             "id": found.cookie,
             "worker": owner.slot,
             "pid": owner.pid,
             "listener": listening[found.name],
-            "client": _unix_peer(peer, processes),
-            "proxy": None,
+            "client": process if told is None else _told(told),
+            "proxy": None if told is None else process,
             "age": _connection_age(owner, now),
             "idle": None,
             "in": None,

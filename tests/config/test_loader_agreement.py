@@ -113,6 +113,35 @@ def test_a_unix_socket_has_no_addresses_to_ask_for(tmp_path: Path, key: str, val
     assert len(mistakes(tmp_path, text.replace("ADDRESS", TCP))) == 1
 
 
+@pytest.mark.parametrize(
+    ("address", "proxies", "why"),
+    [
+        ("unix:@x", "10.0.0.0/8", "names networks, and what connects to unix:@x has no address; write [unix]"),
+        (
+            "unix-dgram:@x",
+            "unix",
+            "is of connections and of udp://, and at unix-dgram:@x come datagrams",
+        ),
+        ("tcp://[::1]:7007", "unix", "unix is for a unix socket, and tcp://[::1]:7007 is none; write the proxies'"),
+        ("udp://[::1]:7007", "unix, '::1'", "unix is for a unix socket, and udp://[::1]:7007 is none"),
+        ("unix:@x", "'unix:'", "'unix:' is not a network; did you mean unix?"),
+    ],
+)
+def test_proxies_that_can_not_connect_there_are_told(tmp_path: Path, address: str, proxies: str, why: str) -> None:
+    text = f"listen: [{{address: '{address}', handler: 'a:b', proxy_protocol: [{proxies}]}}]\n"
+    (found,) = mistakes(tmp_path, text)
+    assert "listen[0].proxy_protocol" in found
+    assert why in found
+
+
+def test_addresses_of_clients_are_known_where_proxies_connect_to_a_unix_socket(tmp_path: Path) -> None:
+    rules = "allow: ['::1'], deny: [10.0.0.0/8], limits: {per_ip: 4, rate_per_ip: 4/s}"
+    text = f"listen: [{{address: 'unix:@x', handler: 'a:b', proxy_protocol: [unix], {rules}}}]\n"
+    assert mistakes(tmp_path, text) == []
+    assert mistakes(tmp_path, f"{text}mode: once\nonce: {{from: ['::1']}}\n") == []
+    assert len(mistakes(tmp_path, text.replace("proxy_protocol: [unix], ", ""))) == 4
+
+
 def test_message_with_a_wrong_escape_is_told_with_its_place(tmp_path: Path) -> None:
     text = f"listen: [{{address: '{TCP}', handler: 'a:b', limits: {{message: 'so\\long'}}}}]\n"
     (found,) = mistakes(tmp_path, text)

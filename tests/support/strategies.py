@@ -18,7 +18,7 @@ from forkd.config.listener import Listener, Tls
 from forkd.config.loader import disagreements
 from forkd.config.settings import Admin, Settings
 from forkd.config.units import Rate
-from forkd.config.values import JOURNAL, UNLIMITED, ScalarKind
+from forkd.config.values import JOURNAL, UNIX, UNLIMITED, ScalarKind
 
 ODD = [
     "[x]",
@@ -111,6 +111,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+VALUES["network or unix"] = st.just(UNIX) | VALUES["network"]
+
+
 def values(kind: Kind) -> st.SearchStrategy[Any]:
     if isinstance(kind, MappingOf):
         return st.dictionaries(st.from_regex(kind.names, fullmatch=True), values(kind.item), max_size=3)
@@ -155,9 +158,13 @@ def fitting(listener: Listener) -> Listener:
         listener = replace(listener, freebind=False)
     if not listener.command and address.scheme != "fd" and (listener.kind == "datagram") is not address.takes_datagrams:
         listener = replace(listener, kind="auto")
-    if address.is_unix:
+    proxies = () if address.scheme == "unix-dgram" else listener.proxy_protocol
+    if address.scheme != "fd":
+        proxies = tuple(one for one in proxies if (one == UNIX) is address.is_unix)
+    listener = replace(listener, proxy_protocol=proxies)
+    if address.is_unix and not proxies:
         limits = replace(limits, per_ip=0, rate_per_ip=None)
-        listener = replace(listener, allow=(), deny=(), proxy_protocol=())
+        listener = replace(listener, allow=(), deny=())
     if address.takes_datagrams:
         limits = replace(limits, connections=0, per_worker=0, per_ip=0, message=None)
     tls = Tls() if address.takes_datagrams else fitting_tls(listener.tls)

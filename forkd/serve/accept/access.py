@@ -87,12 +87,16 @@ class Networks:
     """A set of networks, asked for the addresses in them.
 
     Args:
-        networks: which; those of IPv4-mapped addresses are of IPv4.
+        networks: which; those of IPv4-mapped addresses are of IPv4. `values.UNIX` stands for what has no address, as
+            what connects to a unix socket.
     """
 
-    def __init__(self, networks: Iterable[Network]) -> None:
-        self._of_length: dict[int, dict[int, set[int]]] = {4: {}, 16: {}}
+    def __init__(self, networks: Iterable[Network | str]) -> None:
+        self._of_length: dict[int, dict[int, set[int]]] = {0: {}, 4: {}, 16: {}}
         for network in networks:
+            if isinstance(network, str):
+                self._of_length[0] = {0: {0}}
+                continue
             address, length = network.network_address.packed, network.prefixlen
             if address.startswith(_MAPPED) and length >= 96:
                 address, length = address[12:], length - 96

@@ -139,7 +139,7 @@ def client_environment(sock: socket.socket, peer: Any) -> dict[bytes, bytes]:
     """
     header = getattr(sock, "proxy_header", None)
     local = header.destination if header is not None and header.destination is not None else _local_address(sock)
-    if sock.family == socket.AF_UNIX:
+    if sock.family == socket.AF_UNIX and not isinstance(peer, tuple):
         return {b"PROTO": b"UNIX", b"UNIXLOCALPATH": _path(local)} | _peer_credentials(sock)
     found = {b"PROTO": b"TCP"}
     for address, (host_names, port_names) in ((local, _LOCAL), (peer, _REMOTE)):

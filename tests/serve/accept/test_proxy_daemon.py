@@ -5,6 +5,7 @@ handler gets all that follows them.
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
 import struct
@@ -242,6 +243,31 @@ def test_haproxy_tells_of_its_clients_in_either_version(harness: Harness, tmp_pa
         # Checks come from the proxy itself, which may not come in as a client.
         eventually(lambda: refused(daemon).get("denied", 0) > 2, what="some checks")
     assert refused(daemon).keys() == {"denied"}
+
+
+@pytest.mark.parametrize("how", ["send-proxy", "send-proxy-v2"])
+def test_haproxy_tells_of_its_clients_at_a_unix_socket(harness: Harness, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "behind.sock"
+    settings = ("listen.proxy_protocol=[unix]", "listen.allow=[127.0.0.5]", "listen.limits.per_ip=1")
+    daemon = harness.daemon(target="behind:Who", listen=(f"unix:{path}",), settings=settings).start()
+    with haproxy(tmp_path, [f"unix@{path} {how}"]) as (front,), from_client(front) as client:
+        found = known(client)
+        assert (found["peername"], found["sockname"]) == ([*client.getsockname()], [*client.getpeername()])
+        client.sendall(b"hello")
+        assert client.recv(100) == b"hello"
+        with from_client(front) as second:
+            assert at_end(second)
+        assert re.fullmatch(r"uid=\d+,pid=\d+", listed(daemon)["{}:{}".format(*client.getsockname())]["proxy"])
+        with harness.connect(daemon) as stranger:
+            stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert at_end(stranger)
+        with harness.connect(daemon) as proxy:
+            proxy.sendall(V1)  # of a client from where none may come
+            assert at_end(proxy)
+        assert daemon.command("clients", "--kill-ip", "127.0.0.5").stdout.endswith("closed 1 client\n")
+        assert at_end(client)
+    daemon.wait_clients(0)
+    assert refused(daemon) == {"per_ip": 1, "proxy_header": 1, "denied": 1}
 
 
 def test_haproxy_tells_of_the_tls_that_it_has_ended(harness: Harness, tmp_path: Path) -> None:

@@ -84,11 +84,11 @@ def test_the_listeners_own_networks_hold_for_one_client_too(single: Make, tmp_pa
     assert one.status() == 0
 
 
-def test_client_of_a_proxy_is_the_one_that_is_served(single: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("address", "proxies"), [("tcp://127.0.0.1:0", "127.0.0.1"), ("unix:proxied", "unix")])
+def test_client_of_a_proxy_is_the_one_that_is_served(single: Make, tmp_path: Path, address: str, proxies: str) -> None:
     settings = tmp_path / "proxied.yaml"
-    listener = (
-        "{address: 'tcp://127.0.0.1:0', handler: 'behind:Who', proxy_protocol: [127.0.0.1], deny: [192.0.2.0/24]}"
-    )
+    address = address.replace("unix:", f"unix:{tmp_path}/")
+    listener = f"{{address: '{address}', handler: 'behind:Who', proxy_protocol: [{proxies}], deny: [192.0.2.0/24]}}"
     settings.write_text(f"mode: once\nlisten: [{listener}]\n")
     one = single(settings, listen=None).start()
     header = "PROXY TCP4 {} 203.0.113.1 4711 7007\r\n"

@@ -112,17 +112,20 @@ def test_environment_tells_of_the_client(harness: Harness) -> None:
 
 
 def test_client_of_a_proxy_is_told_to_programs_and_threads(harness: Harness) -> None:
-    program, thread = addresses(
+    program, at_unix, thread = addresses(
         serving(
             harness,
             "command: [env], proxy_protocol: [127.0.0.1]",
+            f"address: 'unix:{harness.directory}/proxied', command: [env], proxy_protocol: [unix]",
             "handler: 'blocking:who', proxy_protocol: [127.0.0.1]",
         )
     )
     header = b"PROXY TCP4 192.0.2.7 198.51.100.1 4000 25\r\n"
-    found = said(program, header).splitlines()
-    for line in (b"TCPREMOTEIP=192.0.2.7", b"REMOTE_PORT=4000", b"LOCAL_ADDR=198.51.100.1", b"TCPLOCALPORT=25"):
-        assert line in found
+    for one in (program, at_unix):
+        found = said(one, header).splitlines()
+        told = (b"TCPREMOTEIP=192.0.2.7", b"REMOTE_PORT=4000", b"LOCAL_ADDR=198.51.100.1", b"TCPLOCALPORT=25")
+        for line in (b"PROTO=TCP", *told):
+            assert line in found
     assert said(thread, header + b"hello") == b"('192.0.2.7', 4000) hello"
 
 
