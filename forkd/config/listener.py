@@ -325,7 +325,7 @@ class Listener:
     )
     proxy_protocol: tuple[Network | str, ...] = option(
         ListOf(values.PROXY),
-        "Networks of the proxies that clients come by; at a unix socket `unix`, for whoever may connect there. A "
+        "Networks of the proxies that clients come by; at a unix socket `unix`, for any process that can connect. A "
         "header in front of what a proxy forwards (PROXY protocol, version 1 or 2; of datagrams version 2) tells the "
         "client's address, for handlers, logs, limits, `allow` and `deny`. Where there are some, others are refused, "
         "and so is what comes without a header. Default: no proxy.",

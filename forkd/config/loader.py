@@ -18,6 +18,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -112,7 +113,7 @@ class SettingOverride:
 
     Attributes:
         key: dotted, as in `log.level`; `listen.backlog` means every listener, `listen.0.backlog` the first.
-        value: the text of a scalar (or of a sequence of them, `[a, b]`), or what YAML would hold there.
+        value: the text of a scalar, `[a, b]` or `{a: b}` as YAML has them, or what YAML would hold there.
         where: the option as the user typed it, for messages.
     """
 
@@ -208,20 +209,30 @@ def _parse_yaml(path: Path, result: LoadResult) -> yaml.MappingNode | None:
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark or mark_without_file(str(path))
-        hint = "; YAML is indented by spaces, not tabs" if "\\t" in str(error.problem) else ""
-        if error.problem_mark is not None and _is_bare_address(data, error.problem_mark):
-            hint = "; within braces an address with brackets is put in quotes, as in {address: 'tcp://[::1]:7007'}"
-        result.add_problem_at(mark, f"not YAML: {error.problem or error.context}{hint}")
+        result.add_problem_at(mark, _why_not_yaml(error, data))
         return None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: escapes that mean nothing
-        result.add_problem_at(mark_without_file(str(path)), f"not YAML: {str(error).splitlines()[0]}")
-        return None
-    except RecursionError:
-        result.add_problem_at(mark_without_file(str(path)), "is nested too deeply")
+    except _UNREADABLE as error:
+        result.add_problem_at(mark_without_file(str(path)), _why_not_yaml(error, data))
         return None
     if root is None:  # an empty file, or comments alone
         return None
     return root if _is_mapping(root, (), result) else None
+
+
+#: What reading YAML may raise: ValueError and OverflowError for escapes that mean nothing.
+_UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+
+
+def _why_not_yaml(error: Exception, data: bytes) -> str:
+    """What is wrong with text that can't be read as YAML, and what to do where that is known."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"not YAML: {str(error).splitlines()[0]}"
+    hint = "; YAML is indented by spaces, not tabs" if "\\t" in str(error.problem) else ""
+    if error.problem_mark is not None and _is_bare_address(data, error.problem_mark):
+        hint = "; within braces an address with brackets is put in quotes, as in {address: 'tcp://[::1]:7007'}"
+    return f"not YAML: {error.problem or error.context}{hint}"
 
 
 class _Merging:
@@ -290,7 +301,7 @@ def apply_override(root: yaml.MappingNode, override: SettingOverride) -> None:
         ValueError: there is no section to put it into.
     """
     mark = mark_without_file(override.where)
-    value = node_of(_override_value(override), mark)
+    value = _override_node(override, mark)
     *path, last = override.key.split(".")
     sections: list[yaml.MappingNode] = [root]
     for index, part in enumerate(path):
@@ -305,20 +316,52 @@ def apply_override(root: yaml.MappingNode, override: SettingOverride) -> None:
         section.value.append((yaml.ScalarNode(_STR, last, mark, mark), value))
 
 
-def _override_value(override: SettingOverride) -> object:
-    """A value as the command line means it: text in brackets is a sequence, other text itself; for a setting that is a
-    sequence of values, one value.
+def _override_node(override: SettingOverride, mark: yaml.Mark) -> yaml.Node:
+    """A value as the command line means it: text in brackets is a sequence, and in braces a mapping where a setting can
+    be one; other text is itself, or the one value of a sequence. Raises ValueError.
     """
-    value = override.value
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        return [item.strip() for item in value[1:-1].split(",") if item.strip()]
+    value, kind = override.value, _kind_at(override.key)
+    if not isinstance(value, str):
+        return node_of(value, mark)
+    if value[:1] + value[-1:] == "[]" and not re.search(r"""['"{}]""", value):  # with less need of quotes than YAML has
+        return node_of([item.strip() for item in value[1:-1].split(",") if item.strip()], mark)
+    if isinstance(kind, ScalarKind) and kind is not ARGUMENT:
+        return node_of(value, mark)
+    if value[:1] + value[-1:] in ("[]", "{}"):
+        return _flow_node(value, mark)
+    return node_of([value] if isinstance(kind, ListOf) and isinstance(kind.item, ScalarKind) else value, mark)
+
+
+def _kind_at(key: str) -> Kind | None:
+    """The kind that a setting is declared with; None where there is none, of which the walker tells."""
     kind: Kind | None = Settings
-    for part in override.key.split("."):
+    for part in key.split("."):
         section = kind.item if isinstance(kind, ListOf) else kind
-        if isinstance(section, type) and not part.isdecimal():
+        if isinstance(section, MappingOf):
+            kind = section.item
+        elif isinstance(section, type) and not part.isdecimal():
             found = options(section).get(part)
             kind = found.kind if found is not None else None
-    return [value] if isinstance(kind, ListOf) and isinstance(kind.item, ScalarKind) else value
+    return kind
+
+
+def _flow_node(text: str, mark: yaml.Mark) -> yaml.Node:
+    """The graph of a sequence or mapping, all of which is from where `mark` says. Raises ValueError."""
+    try:
+        root: yaml.Node = yaml.SafeLoader(text).get_single_node() or node_of(text, mark)  # (it has brackets, so is one)
+    except _UNREADABLE as error:
+        raise ValueError(_why_not_yaml(error, text.encode(errors="surrogateescape"))) from None
+    left = [root]
+    while left:
+        node = left.pop()
+        if node.start_mark is mark:  # an alias of what was here before
+            continue
+        node.start_mark = node.end_mark = mark
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            left += chain.from_iterable(node.value)
+    return root
 
 
 def _sections_at(section: yaml.MappingNode, part: str, mark: yaml.Mark) -> list[yaml.MappingNode]:

@@ -342,6 +342,50 @@ def test_wrong_override_is_told_with_its_option(
     assert all(line.startswith(f"--set {key}={value}: {said}") for line in found)
 
 
+IN_BRACES = "[{address: 'tcp://[::1]:0', command: [sh, -c, \"echo a, b\"]}, {address: 'unix:@x', handler: a:b}]"
+
+
+def test_override_may_hold_what_a_file_has_in_braces_and_quotes() -> None:
+    message, limits = (
+        ("listen.0.limits.message", '{"error": "busy"}'),
+        ("listen.limits", "{connections: 3, per_worker: 2}"),
+    )
+    arguments = ("listen.1.args", '{one: "1", two: [2, "b, c"]}'), ("listen.1.args.three", "['x', 3]")
+    given = [("listen", IN_BRACES), limits, message, *arguments, ("python_path", "['/a, b', /c]")]
+    found = load_settings(None, [override(*one) for one in given], {"name": "given"})
+    first, second = found.listen
+    assert (str(first.address), first.command, str(second.address)) == (
+        "tcp://[::1]:0",
+        ("sh", "-c", "echo a, b"),
+        "unix:@x",
+    )
+    assert [(one.limits.connections, one.limits.per_worker) for one in found.listen] == [(3, 2), (3, 2)]
+    assert first.limits.message == '{"error": "busy"}'
+    assert second.args == {"one": "1", "two": [2, "b, c"], "three": ["x", 3]}
+    assert found.python_path == (Path("/a, b"), Path("/c"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("listen.limits", "{connections: 3, per: 4}", "per: unknown setting; did you mean 'per_ip'?"),
+        ("python_path", "['/a]", "not YAML: found unexpected end of stream"),
+        ("python_path", "[&a [*a], 'x']", "python_path[0]: expected a path, found a sequence"),
+        ("python_path", "[" * 5000 + "'x'" + "]" * 5000, "is nested too deeply"),
+        (
+            "listen",
+            "[{address: tcp://[::1]:0}]",
+            "not YAML: expected ',' or '}', but got '['; within braces an address",
+        ),
+        ("workers", "{a: 1}", "workers: '{a: 1}' is not a whole number"),
+    ],
+)
+def test_override_in_braces_that_is_wrong_is_told(key: str, value: str, said: str) -> None:
+    found = mistakes(None, override("listen", IN_BRACES), override(key, value))
+    assert [line for line in found if not line.startswith(f"--set {key}={value}: {said}")] == []
+    assert found
+
+
 def test_settings_from_the_command_line_alone_need_no_file() -> None:
     listen = SettingOverride("listen", [{"address": "unix:@x", "handler": "a:b"}], "a:b")
     found = load_settings(None, [listen, override("listen.backlog", "9")], {"name": "given"})
