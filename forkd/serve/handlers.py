@@ -93,6 +93,9 @@ _NO_LOOP = ("no running event loop", "no current event loop")
 _ENTRIES = ("serve", "start", "start_serving", "serve_forever", "add_sockets")
 _ALL_SOCKETS, _ONE_SOCKET = "sockets", "sock"
 
+#: A class of which an object gives itself when it is called, and so would be taken for what makes protocols.
+_AIOHTTP = "aiohttp.web_app.Application"
+
 _PROTOCOL_METHODS = ("connection_made", "data_received", "datagram_received", "buffer_updated")
 
 #: What asyncio calls of a protocol, and awaits nothing of.
@@ -597,6 +600,9 @@ def _form(target: Any, arguments: Mapping[str, Any], name: str, address: Address
     if isinstance(target, asyncio.BaseProtocol):
         kind = type(target).__name__
         raise HandlerError(f"{name} is one object of {kind}, and each client needs its own; give the class {kind}")
+    if any(f"{one.__module__}.{one.__qualname__}" == _AIOHTTP for one in type(target).__mro__):
+        hint = "give async def serve(sockets), which makes an AppRunner and a SockSite for each of them"
+        raise HandlerError(f"{name} is an application of aiohttp, which is served by a server; {hint}")
     if _is_server(given, arguments):
         return "server"
     if _is_coroutine_function(target):

@@ -529,6 +529,12 @@ def test_what_is_no_blocking_handler_is_refused_with_why(
     assert said in str(refusal(f"{package(forms=BLOCKING_FORMS)}.forms:{attribute}", kind))
 
 
+def test_application_of_aiohttp_is_refused_with_what_serves_it(package: Callable[..., str]) -> None:
+    site = package(site="from aiohttp import web\n\napp = web.Application()\n")
+    said = "is an application of aiohttp, which is served by a server; give async def serve(sockets)"
+    assert said in str(refusal(f"{site}.site:app"))
+
+
 SERVERS = """\
 import functools
 
