@@ -106,6 +106,7 @@ def run_and_reload(command: argparse.Namespace) -> int:
             rust_timeout=_PAUSE,
             yield_on_timeout=True,
             raise_interrupt=False,
+            ignore_permission_denied=True,
         ):
             if daemon.poll() is not None:
                 break

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -105,15 +105,15 @@ def test_directory_that_can_not_be_printed_is_refused(tmp_path: Path, capsys: py
 
 
 class Running:
-    """`forkd run --reload` of a project."""
+    """`forkd run --reload` of a project; `prefix` is what it is run by."""
 
-    def __init__(self, project: Path) -> None:
+    def __init__(self, project: Path, prefix: Sequence[str] = ()) -> None:
         needs_package("watchfiles")
         self.project, self.address = project, f"tcp://127.0.0.1:{unshared_port()}"
         self.settings = project / "chat_room.yaml"
         self.settings.write_text(self.settings.read_text().replace("tcp://127.0.0.1:7007", self.address))
         self.log = project.parent / "log"
-        command = [sys.executable, "-m", "forkd", "run", "--reload", "chat_room.yaml", "--run-directory", ".."]
+        command = [*prefix, sys.executable, "-m", "forkd", "run", "--reload", "chat_room.yaml", "--run-directory", ".."]
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(command, cwd=project, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         self.wait("daemon is up")
@@ -132,9 +132,9 @@ class Running:
         path.write_text(path.read_text().replace(before, after))
 
 
-@pytest.fixture
-def running(project: Path) -> Iterator[Running]:
-    made = Running(project)
+@contextlib.contextmanager
+def reloading(project: Path, prefix: Sequence[str] = ()) -> Iterator[Running]:
+    made = Running(project, prefix)
     below = descendants(made.process.pid)
     try:
         yield made
@@ -143,6 +143,12 @@ def running(project: Path) -> Iterator[Running]:
         made.process.wait(DEADLINE)
         # The daemon's parent has died, and so it ends too.
         eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in below), what="the daemon's end")
+
+
+@pytest.fixture
+def running(project: Path) -> Iterator[Running]:
+    with reloading(project) as made:
+        yield made
 
 
 def test_change_of_code_or_settings_reloads(running: Running) -> None:
@@ -160,6 +166,15 @@ def test_change_of_code_or_settings_reloads(running: Running) -> None:
     changed.replace(running.settings)
     status = ("status", "chat_room.yaml", "--run-directory", "..", "--json")
     eventually(lambda: '"wanted": 1' in forkd(*status, cwd=running.project).stdout)
+
+
+def test_directory_that_can_not_be_read_is_not_watched(project: Path) -> None:
+    (project / "private").mkdir(mode=0)
+    needs_program("setpriv")  # root may read it, but for these capabilities
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    with reloading(project, prefix) as running:
+        running.code("line.upper()", "line.title()")
+        eventually(lambda: running.says() == b"Hello\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
