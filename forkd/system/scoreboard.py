@@ -14,6 +14,7 @@ which rows are in use. Times are CLOCK_MONOTONIC in nanoseconds.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -466,7 +467,12 @@ def _make_memory(name: str, size: int) -> int:
     if not hasattr(os, "memfd_create"):
         return -1
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, size)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:  # a limit of files' sizes holds for it, too
+        os.close(descriptor)
+        hint = " (ulimit -f)" if error.errno == errno.EFBIG else ""
+        raise OSError(error.errno, f"{error.strerror}{hint}", "memory that workers share") from None
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     os.fchmod(descriptor, _MODE)
     return descriptor

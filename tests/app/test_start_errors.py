@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 
 from tests.support.clients import dial, echoes
 from tests.support.daemon import Daemon, Harness, forkd
+from tests.support.processes import DEADLINE
 
 # Source of the module `broken`, and what the terminal says of it.
 BROKEN = {
@@ -53,6 +56,15 @@ def refuse(daemon: Daemon, verb: str, status: int = 1) -> str:
     assert result.stderr.splitlines()[-1].startswith("forkd: ")
     assert list(daemon.run_directory.glob("*")) == []
     return result.stderr
+
+
+def test_limit_of_file_sizes_is_told_of(harness: Harness) -> None:
+    options = ["--listen", "tcp://127.0.0.1:0", "--run-directory", harness.directory / "run"]
+    command = ["prlimit", "--fsize=1000000", sys.executable, "-m", "forkd", "run", *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    said = "forkd: memory that workers share: File too large (ulimit -f)\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
+    assert list(harness.directory.glob("run/*")) == []
 
 
 @pytest.mark.parametrize("why", BROKEN)
