@@ -28,7 +28,7 @@ from forkd.serve.once.server import serve_one
 from forkd.serve.once.sources import AcceptedSource, ConnectionSource, FirstSenderSource, ListeningSource, client_check
 from forkd.serve.stream.tls import load_certificates, load_contexts
 from forkd.system.identity import find_identity
-from forkd.system.inherited import address_of, is_connected, is_listening, take_inherited
+from forkd.system.inherited import address_of, check_inherited, is_connected, is_listening, take_inherited
 from forkd.system.listeners import BoundListener, bind_listener
 from forkd.system.logs import log_target, open_log, set_role, start_logging
 from forkd.system.pidfile import PidFile
@@ -176,8 +176,12 @@ def _inherit(settings: Settings) -> PreparedSource:
     address = address_of(first.sock)
     if is_listening(first.sock) or (first.sock.type == socket.SOCK_DGRAM and not is_connected(first.sock)):
         bound = BoundListener(listener, address, [one.sock for one in found])
+        check_inherited(listener, bound.sockets)
         source, state, text = _source_of(bound, once.from_), "listening", str(address)
     else:
+        if listener.proxy_protocol:
+            why = "has been accepted by another process, and a header is read where this one listens"
+            raise ForkdError(f"{listener.address}: proxy_protocol: the connection {why}")
         _check_peer(settings, first.sock)
         source, state, text = AcceptedSource(first.sock), "", ""
     return PreparedSource(source, target_fd, state, text, inherited=address, standard_fds=standard_fds)

@@ -338,6 +338,35 @@ class Listener:
         return self.handler if self.handler is not None else escape_controls(shlex.join(self.command))
 
 
+def address_disagreements(listener: Listener) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The settings of a listener that are about addresses which its clients, or its proxies, do not have: their keys,
+    and why not. Nothing is wrong at `fd:`, of which `system.inherited` knows what it stands for.
+    """
+    limits = listener.limits
+    given: dict[tuple[str, ...], object] = {
+        ("limits", "per_ip"): limits.per_ip,
+        ("limits", "rate_per_ip"): limits.rate_per_ip,
+        ("allow",): listener.allow,
+        ("deny",): listener.deny,
+    }
+    address, proxies = listener.address, listener.proxy_protocol
+    known = not address.is_unix or values.UNIX in proxies  # a proxy says it
+    for keys in (keys for keys, value in given.items() if value and not known):
+        yield keys, f"means the addresses that clients come from, and {address} has none"
+    if address.scheme == "unix-dgram" and proxies:
+        yield ("proxy_protocol",), f"is of connections and of udp://, and at {address} come datagrams of unix sockets"
+    elif address.is_unix and any(one != values.UNIX for one in proxies):
+        yield (
+            ("proxy_protocol",),
+            f"names networks, and what connects to {address} has no address; write [{values.UNIX}]",
+        )
+    elif address.scheme in ("tcp", "udp") and values.UNIX in proxies:
+        yield (
+            ("proxy_protocol",),
+            f"{values.UNIX} is for a unix socket, and {address} is none; write the proxies' networks",
+        )
+
+
 def refused_by_servers(listener: Listener) -> Iterator[tuple[tuple[str, ...], str]]:
     """The settings of a listener that can't hold where a whole server serves it: their keys, and why not."""
     accepts, closes = "accepts its clients itself", "reads, writes and closes its connections itself"

@@ -25,7 +25,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from forkd.config.fields import Kind, ListOf, MappingOf, Option, default_of, make_section, options
-from forkd.config.listener import Listener, refused_by_servers
+from forkd.config.listener import Listener, address_disagreements, refused_by_servers
 from forkd.config.settings import Settings
 from forkd.config.values import ARGUMENT, PROGRAM_TEXT, UNIX, ScalarKind
 from forkd.errors import ConfigError, Problem
@@ -157,6 +157,9 @@ def read_settings(
             apply_override(root, override)
         except ValueError as error:
             result.add_problem_at(mark_without_file(override.where), str(error))
+            if isinstance(error, _NotYaml):  # of the others too little is known then, as with a file that is not YAML
+                result.settings = Settings(listen=(), **(base or {}))
+                return result
     read_graph(root, result, base or {})
     return result
 
@@ -233,6 +236,10 @@ def _why_not_yaml(error: Exception, data: bytes) -> str:
     if error.problem_mark is not None and _is_bare_address(data, error.problem_mark):
         hint = "; within braces an address with brackets is put in quotes, as in {address: 'tcp://[::1]:7007'}"
     return f"not YAML: {error.problem or error.context}{hint}"
+
+
+class _NotYaml(ValueError):
+    """A value of the command line can't be read."""
 
 
 class _Merging:
@@ -323,13 +330,17 @@ def _override_node(override: SettingOverride, mark: yaml.Mark) -> yaml.Node:
     value, kind = override.value, _kind_at(override.key)
     if not isinstance(value, str):
         return node_of(value, mark)
-    if value[:1] + value[-1:] == "[]" and not re.search(r"""['"{}]""", value):  # with less need of quotes than YAML has
-        return node_of([item.strip() for item in value[1:-1].split(",") if item.strip()], mark)
-    if isinstance(kind, ScalarKind) and kind is not ARGUMENT:
-        return node_of(value, mark)
-    if value[:1] + value[-1:] in ("[]", "{}"):
-        return _flow_node(value, mark)
-    return node_of([value] if isinstance(kind, ListOf) and isinstance(kind.item, ScalarKind) else value, mark)
+    is_scalar, of_scalars = isinstance(kind, ScalarKind), isinstance(kind, ListOf) and isinstance(kind.item, ScalarKind)
+    text = value if is_scalar else value.strip()
+    special = r"""['"]""" if is_scalar or of_scalars else r"""['"{}]"""
+    match text[:1] + text[-1:]:
+        case "[]" if not re.search(special, text):  # it needs fewer quotes than YAML wants
+            return node_of([item.strip() for item in text[1:-1].split(",") if item.strip()], mark)
+        case "[]" if not is_scalar or kind is ARGUMENT:
+            return _flow_node(text, mark)
+        case "{}" if not is_scalar and not of_scalars:  # elsewhere braces are text
+            return _flow_node(text, mark)
+    return node_of([value] if of_scalars else value, mark)
 
 
 def _kind_at(key: str) -> Kind | None:
@@ -350,7 +361,11 @@ def _flow_node(text: str, mark: yaml.Mark) -> yaml.Node:
     try:
         root: yaml.Node = yaml.SafeLoader(text).get_single_node() or node_of(text, mark)  # (it has brackets, so is one)
     except _UNREADABLE as error:
-        raise ValueError(_why_not_yaml(error, text.encode(errors="surrogateescape"))) from None
+        why = _why_not_yaml(error, text.encode(errors="surrogateescape"))
+        hint = (
+            "; put each value that has more than letters in quotes" if isinstance(error, yaml.MarkedYAMLError) else ""
+        )
+        raise _NotYaml(why if ";" in why else why + hint) from None
     left = [root]
     while left:
         node = left.pop()
@@ -648,7 +663,7 @@ def disagreements(settings: Settings) -> Iterator[Mistake]:
     for index, listener in enumerate(settings.listen):
         for keys, message in (
             *_form_disagreements(listener),
-            *_address_disagreements(listener),
+            *address_disagreements(listener),
             *_connection_disagreements(listener),
             *_tls_disagreements(listener),
         ):
@@ -710,27 +725,6 @@ def _program_disagreements(listener: Listener) -> Iterator[Mistake]:
             yield (name,), "is for handlers in Python, and a command is a program of its own; leave one of them out"
 
 
-def _address_disagreements(listener: Listener) -> Iterator[Mistake]:
-    """Options about the clients' addresses where clients have none."""
-    limits = listener.limits
-    values: dict[tuple[str, ...], object] = {
-        ("limits", "per_ip"): limits.per_ip,
-        ("limits", "rate_per_ip"): limits.rate_per_ip,
-        ("allow",): listener.allow,
-        ("deny",): listener.deny,
-    }
-    address, proxies = listener.address, listener.proxy_protocol
-    known = not address.is_unix or UNIX in proxies  # a proxy says it
-    for keys in (keys for keys, value in values.items() if value and not known):
-        yield keys, f"means the addresses that clients come from, and {address} has none"
-    if address.scheme == "unix-dgram" and proxies:
-        yield ("proxy_protocol",), f"is of connections and of udp://, and at {address} come datagrams of unix sockets"
-    elif address.is_unix and any(one != UNIX for one in proxies):
-        yield ("proxy_protocol",), f"names networks, and what connects to {address} has no address; write [{UNIX}]"
-    elif address.scheme in ("tcp", "udp") and UNIX in proxies:
-        yield ("proxy_protocol",), f"{UNIX} is for a unix socket, and {address} is none; write the proxies' networks"
-
-
 def _tls_disagreements(listener: Listener) -> Iterator[Mistake]:
     """Options of TLS that need another one, or connections."""
     tls = listener.tls
@@ -786,10 +780,17 @@ def _once_disagreements(settings: Settings) -> Iterator[Mistake]:
     if once.fd in (1, 2):
         yield ("once", "fd"), f"{once.fd} is where forkd's own output goes; take 0, or a number from 3 on"
     address = settings.listen[0].address if settings.listen else None
+    if address is not None and address.takes_datagrams and settings.listen[0].proxy_protocol:
+        yield ("listen", 0, "proxy_protocol"), "is of daemons where there are datagrams; in mode once no header is read"
     if once.from_ and address is not None and address.is_unix and UNIX not in settings.listen[0].proxy_protocol:
         yield ("once", "from"), f"means where a tcp client comes from, and {address} has none"
-    if once.rendezvous is None:
-        return
+    if once.rendezvous is not None:
+        yield from _rendezvous_disagreements(settings)
+
+
+def _rendezvous_disagreements(settings: Settings) -> Iterator[Mistake]:
+    """Options that do not go with a rendezvous."""
+    once, address = settings.once, settings.listen[0].address if settings.listen else None
     if address is not None and address.scheme != "tcp":
         yield ("listen", 0, "address"), "a rendezvous is of two tcp addresses; write tcp://HOST:PORT"
     if once.rendezvous == address:

@@ -107,7 +107,7 @@ def parse_network(text: str) -> Network:
 
 def parse_proxy(text: str) -> Network | str:
     """Where proxies connect from: a network, or `UNIX`."""
-    if text.startswith(f"{UNIX}:"):
+    if text != UNIX and text.lower().startswith(UNIX):
         raise ValueError(f"{text[:80]!r} is not a network; did you mean {UNIX}?")
     return UNIX if text == UNIX else parse_network(text)
 

@@ -600,11 +600,11 @@ def _form(target: Any, arguments: Mapping[str, Any], name: str, address: Address
     if isinstance(target, asyncio.BaseProtocol):
         kind = type(target).__name__
         raise HandlerError(f"{name} is one object of {kind}, and each client needs its own; give the class {kind}")
+    if _is_server(given, arguments):
+        return "server"
     if any(f"{one.__module__}.{one.__qualname__}" == _AIOHTTP for one in type(target).__mro__):
         hint = "give async def serve(sockets), which makes an AppRunner and a SockSite for each of them"
         raise HandlerError(f"{name} is an application of aiohttp, which is served by a server; {hint}")
-    if _is_server(given, arguments):
-        return "server"
     if _is_coroutine_function(target):
         return "streams"
     if callable(target):

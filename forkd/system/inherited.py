@@ -11,11 +11,13 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from forkd.config.address import Address
+from forkd.config.listener import Listener, address_disagreements
+from forkd.config.values import UNIX
 from forkd.errors import ForkdError
 from forkd.system.logs import same_file
 
@@ -125,8 +127,21 @@ def address_of(sock: socket.socket) -> Address:
     return Address("unix-dgram" if datagrams else "unix", path=f"@{path[1:]}" if path.startswith("\0") else path)
 
 
-def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
-    """The listening sockets that an `fd:` address means, and where they listen. Raises ForkdError."""
+def check_inherited(listener: Listener, sockets: Sequence[socket.socket]) -> None:
+    """That what a listener's settings say of addresses can hold at one of its sockets at least. Raises ForkdError."""
+    found = []
+    for address in map(address_of, sockets):
+        proxies = tuple(one for one in listener.proxy_protocol if (one == UNIX) is address.is_unix)
+        like = replace(listener, address=address, proxy_protocol=proxies or listener.proxy_protocol)
+        found.append(dict(address_disagreements(like)))
+    for keys, why in found[0].items():
+        if all(keys in one for one in found):
+            raise ForkdError(f"{listener.address}: {'.'.join(keys)} {why}")
+
+
+def adopt_listeners(listener: Listener) -> tuple[Address, list[socket.socket]]:
+    """The listening sockets that the `fd:` address of a listener means, and where they listen. Raises ForkdError."""
+    address = listener.address
     found = [one.sock for one in take_inherited(address)]
     if len({sock.type for sock in found}) > 1:
         raise ForkdError(f"{address}: means sockets of connections and of datagrams; give them two names")
@@ -136,6 +151,7 @@ def adopt_listeners(address: Address) -> tuple[Address, list[socket.socket]]:
                 f"{address}: does not listen, so it is a connection; a listening socket is wanted here, and "
                 "`forkd once` serves connections"
             )
+    check_inherited(listener, found)
     return address_of(found[0]), found
 
 

@@ -354,7 +354,7 @@ def bind_listener(
     """
     address = listener.address
     if address.scheme == "fd":
-        bound = BoundListener(listener, *adopt_listeners(address))
+        bound = BoundListener(listener, *adopt_listeners(listener))
         for sock in bound.sockets:
             tune(sock, listener)
         return bound

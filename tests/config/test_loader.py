@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -366,10 +368,43 @@ def test_override_may_hold_what_a_file_has_in_braces_and_quotes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("listen.1.args.x", "{name}", "{name}"),
+        ("listen.1.args.x", '{"a": 1}', '{"a": 1}'),
+        ("listen.1.args.x", " [a, b] ", " [a, b] "),
+        ("listen.1.args.x", "[a, {b}]", ["a", "{b}"]),
+        ("listen.0.command", "[awk, {print $1}]", ("awk", "{print $1}")),
+        ("listen.0.command", "[find, -exec, rm, {}, ;]", ("find", "-exec", "rm", "{}", ";")),
+        ("listen.0.command", "{a,b}", ("{a,b}",)),
+        ("listen.0.command", " ['a, b', \"c\"] ", ("a, b", "c")),
+        ("listen.0.limits.message", '["full"]', '["full"]'),
+        ("listen.0.environment.X", "{'a': [1]}", "{'a': [1]}"),
+        ("listen.1.allow", "[::1, 10.0.0.0/8]", (ip_network("::1"), ip_network("10.0.0.0/8"))),
+        ("listen.1.allow", "['::1', 10.0.0.0/8]", (ip_network("::1"), ip_network("10.0.0.0/8"))),
+    ],
+)
+def test_override_is_text_where_no_mapping_can_be(key: str, value: str, wanted: object) -> None:
+    listen = IN_BRACES.replace("unix:@x", "tcp://127.0.0.1:0")
+    found: Any = load_settings(None, [override("listen", listen), override(key, value)])
+    for part in key.split("."):
+        found = (
+            found[int(part)] if part.isdecimal() else found[part] if isinstance(found, dict) else getattr(found, part)
+        )
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
     ("key", "value", "said"),
     [
         ("listen.limits", "{connections: 3, per: 4}", "per: unknown setting; did you mean 'per_ip'?"),
-        ("python_path", "['/a]", "not YAML: found unexpected end of stream"),
+        (
+            "python_path",
+            "['/a]",
+            "not YAML: found unexpected end of stream; put each value that has more than letters in",
+        ),
+        ("listen.1.allow", "[::1, '10.0.0.0/8']", "not YAML: expected the node content, but found ':'; put each value"),
+        ("listen", "[{handler: 'a:b}]", "not YAML: found unexpected end of stream"),
         ("python_path", "[&a [*a], 'x']", "python_path[0]: expected a path, found a sequence"),
         ("python_path", "[" * 5000 + "'x'" + "]" * 5000, "is nested too deeply"),
         (

@@ -134,6 +134,13 @@ def test_proxies_that_can_not_connect_there_are_told(tmp_path: Path, address: st
     assert why in found
 
 
+def test_once_reads_no_header_of_datagrams(tmp_path: Path) -> None:
+    text = "listen: [{address: 'udp://[::1]:7007', handler: 'a:b', proxy_protocol: ['::1']}]\n"
+    assert mistakes(tmp_path, text) == []
+    (found,) = mistakes(tmp_path, f"{text}mode: once\n")
+    assert "listen[0].proxy_protocol: is of daemons where there are datagrams; in mode once no header is read" in found
+
+
 def test_addresses_of_clients_are_known_where_proxies_connect_to_a_unix_socket(tmp_path: Path) -> None:
     rules = "allow: ['::1'], deny: [10.0.0.0/8], limits: {per_ip: 4, rate_per_ip: 4/s}"
     text = f"listen: [{{address: 'unix:@x', handler: 'a:b', proxy_protocol: [unix], {rules}}}]\n"

@@ -12,12 +12,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from forkd.config.address import parse_address
+from forkd.config.listener import Listener
+from forkd.config.values import UNIX, parse_network
+from forkd.errors import ForkdError
+from forkd.system.inherited import check_inherited
 from tests.support.clients import dial
-from tests.support.daemon import Harness
+from tests.support.daemon import Harness, forkd
 
 # Runs what the test says with sockets at 3, 4, … and the variables that systemd would set for them.
 _START = """\
@@ -198,6 +204,47 @@ def test_a_daemon_serves_a_listener_that_it_inherits(harness: Harness) -> None:
         assert harness.connect(daemon).getpeername() == sock.getsockname()
         daemon.stop()
         dial(address(sock)).close()  # it is ours, and listens on
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "setting", "said"),
+    [
+        (
+            socket.AF_INET,
+            socket.SOCK_STREAM,
+            "proxy_protocol=[unix]",
+            "proxy_protocol unix is for a unix socket, and tcp:",
+        ),
+        (socket.AF_UNIX, socket.SOCK_STREAM, "proxy_protocol=[127.0.0.1]", "proxy_protocol names networks, and what"),
+        (socket.AF_UNIX, socket.SOCK_DGRAM, "proxy_protocol=[unix]", "proxy_protocol is of connections and of udp://"),
+        (socket.AF_UNIX, socket.SOCK_STREAM, "allow=[127.0.0.1]", "allow means the addresses that clients come from"),
+        (socket.AF_UNIX, socket.SOCK_STREAM, "limits.per_ip=1", "limits.per_ip means the addresses that clients come"),
+    ],
+)
+def test_settings_that_can_not_hold_at_an_inherited_socket_are_told(
+    harness: Harness, family: int, kind: int, setting: str, said: str
+) -> None:
+    with socket.socket(family, kind) as sock:
+        sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else str(harness.directory / "sock"))
+        if kind == socket.SOCK_STREAM:
+            sock.listen()
+        where = (f"--run-directory={harness.directory}", f"--listen=fd:{sock.fileno()}", f"--set=listen.{setting}")
+        result = forkd("run", *where, cwd=harness.directory, pass_fds=[sock.fileno()])
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.splitlines()[-1].startswith(f"forkd: fd:{sock.fileno()}: {said}")
+
+
+def test_settings_may_hold_at_some_of_the_sockets_of_one_name(harness: Harness) -> None:
+    path = harness.directory / "sock"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(path))
+        unix.listen()
+        like = Listener(address=parse_address("fd:web"), handler="a:b", allow=(parse_network("127.0.0.1"),))
+        check_inherited(like, [unix, tcp])
+        mixed = replace(like, allow=(), proxy_protocol=(UNIX, parse_network("127.0.0.1")))
+        check_inherited(mixed, [unix, tcp])
+        with pytest.raises(ForkdError, match=r"fd:web: allow means .*sock has none"):
+            check_inherited(like, [unix])
 
 
 def test_a_daemon_refuses_a_connection_for_a_listener(harness: Harness) -> None:

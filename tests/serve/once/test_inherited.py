@@ -109,6 +109,15 @@ def test_client_of_other_networks_is_refused_under_an_inetd(single: Make) -> Non
     assert one.status() == 1
 
 
+def test_header_of_a_proxy_is_not_read_under_an_inetd(single: Make) -> None:
+    said = "fd:0: proxy_protocol: the connection has been accepted by another process, and a header is read where"
+    one = single(None, "--set=listen.proxy_protocol=[127.0.0.1]", listen="fd:0").expect(f"forkd: {said}")
+    with accepted() as (client, connection):
+        inetd(one, connection, quiet=True)
+        assert at_end(client)
+    assert one.status() == 1
+
+
 def test_a_listener_is_accepted_from_once(single: Make) -> None:
     one = single(None, listen="fd:0")
     with socket.create_server(("127.0.0.1", 0)) as server:
