@@ -175,6 +175,7 @@ def test_directory_that_can_not_be_read_is_not_watched(project: Path) -> None:
     with reloading(project, prefix) as running:
         running.code("line.upper()", "line.title()")
         eventually(lambda: running.says() == b"Hello\n")
+        assert running.process.poll() is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
