@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("build")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NO_COMPILER = f"forkd {__version__} (pure Python: it was installed without a C compiler)\n"
 
-#: The compiler optimizes nothing, which would take it longer than all the rest; nothing is measured here.
+#: For a compiler that does not optimize, which takes longer than all the rest: nothing is measured here.
 QUICK = {"CFLAGS": "-O0"}
 
 #: A hook of the build backend, by name, and the directory for what it makes.

@@ -173,15 +173,15 @@ def _inherit(settings: Settings) -> PreparedSource:
         tune(one.sock, listener)
     if once.from_ and first.sock.family == socket.AF_UNIX and UNIX not in listener.proxy_protocol:
         raise ForkdError(f"once.from: means where a tcp client comes from, and {listener.address} is a unix socket")
+    if listener.proxy_protocol and not is_listening(first.sock):
+        why = "a header is read from connections that this process accepts, and this socket does not listen"
+        raise ForkdError(f"{listener.address}: proxy_protocol: {why}")
     address = address_of(first.sock)
     if is_listening(first.sock) or (first.sock.type == socket.SOCK_DGRAM and not is_connected(first.sock)):
         bound = BoundListener(listener, address, [one.sock for one in found])
         check_inherited(listener, bound.sockets)
         source, state, text = _source_of(bound, once.from_), "listening", str(address)
     else:
-        if listener.proxy_protocol:
-            why = "has been accepted by another process, and a header is read where this one listens"
-            raise ForkdError(f"{listener.address}: proxy_protocol: the connection {why}")
         _check_peer(settings, first.sock)
         source, state, text = AcceptedSource(first.sock), "", ""
     return PreparedSource(source, target_fd, state, text, inherited=address, standard_fds=standard_fds)

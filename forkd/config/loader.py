@@ -226,13 +226,14 @@ def _parse_yaml(path: Path, result: LoadResult) -> yaml.MappingNode | None:
 _UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
-def _why_not_yaml(error: Exception, data: bytes) -> str:
-    """What is wrong with text that can't be read as YAML, and what to do where that is known."""
+def _why_not_yaml(error: Exception, data: bytes, hint: str = "") -> str:
+    """What is wrong with text that can't be read as YAML, and what to do: `hint`, where nothing better is known."""
     if isinstance(error, RecursionError):
         return "is nested too deeply"
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"not YAML: {str(error).splitlines()[0]}"
-    hint = "; YAML is indented by spaces, not tabs" if "\\t" in str(error.problem) else ""
+    if "\\t" in str(error.problem):
+        hint = "; YAML is indented by spaces, not tabs"
     if error.problem_mark is not None and _is_bare_address(data, error.problem_mark):
         hint = "; within braces an address with brackets is put in quotes, as in {address: 'tcp://[::1]:7007'}"
     return f"not YAML: {error.problem or error.context}{hint}"
@@ -361,11 +362,8 @@ def _flow_node(text: str, mark: yaml.Mark) -> yaml.Node:
     try:
         root: yaml.Node = yaml.SafeLoader(text).get_single_node() or node_of(text, mark)  # (it has brackets, so is one)
     except _UNREADABLE as error:
-        why = _why_not_yaml(error, text.encode(errors="surrogateescape"))
-        hint = (
-            "; put each value that has more than letters in quotes" if isinstance(error, yaml.MarkedYAMLError) else ""
-        )
-        raise _NotYaml(why if ";" in why else why + hint) from None
+        hint = "; put each value that has more than letters in quotes"
+        raise _NotYaml(_why_not_yaml(error, text.encode(errors="surrogateescape"), hint)) from None
     left = [root]
     while left:
         node = left.pop()

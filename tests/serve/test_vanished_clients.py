@@ -97,8 +97,7 @@ def test_vanished_clients_are_closed_in_the_time_of_settings(talk: tuple[Daemon,
     }
     # Three seconds of silence, or two without an acknowledgement, or with the window shut. The rest: TCP's timers,
     # which are not exact, and a machine that is busy. Without the settings it takes 15 minutes at least.
-    assert max(took[name] for name in ("silent", "unread", "six")) < 20, took
-    assert max(took[name] for name in ("little", "much", "both", "unwilling")) < 20, took
+    assert max(took.values()) < 10, took
     assert min(took[name] for name in ("little", "much")) > 1.9, took
     for name in ("little", "much"):
         daemon.wait_log(f"{name}: [0-9]+ bytes are unacknowledged after 0.5 s")

@@ -109,12 +109,22 @@ def test_client_of_other_networks_is_refused_under_an_inetd(single: Make) -> Non
     assert one.status() == 1
 
 
+NO_HEADER = "fd:0: proxy_protocol: a header is read from connections that this process accepts, and this socket does"
+
+
 def test_header_of_a_proxy_is_not_read_under_an_inetd(single: Make) -> None:
-    said = "fd:0: proxy_protocol: the connection has been accepted by another process, and a header is read where"
-    one = single(None, "--set=listen.proxy_protocol=[127.0.0.1]", listen="fd:0").expect(f"forkd: {said}")
+    one = single(None, "--set=listen.proxy_protocol=[127.0.0.1]", listen="fd:0").expect(f"forkd: {NO_HEADER}")
     with accepted() as (client, connection):
         inetd(one, connection, quiet=True)
         assert at_end(client)
+    assert one.status() == 1
+
+
+def test_header_of_a_proxy_is_not_read_from_inherited_datagrams(single: Make) -> None:
+    one = single("grams:Who", "--set=listen.proxy_protocol=[127.0.0.1]", listen="fd:0").expect(f"forkd: {NO_HEADER}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        one.open(stdin=sock)
     assert one.status() == 1
 
 
