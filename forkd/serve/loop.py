@@ -47,7 +47,7 @@ RDHUP = select.EPOLLRDHUP
 #: Each change reported once, not for as long as it lasts: a hang-up lasts for ever (epoll(7)).
 EDGE = select.EPOLLET
 #: What may be reported so.
-ONCE = RDHUP | HUP | ERR
+ONCE = OUT | RDHUP | HUP | ERR
 #: Readable, for one waiter alone of those that wait on the same listener (epoll_ctl(2), EPOLLEXCLUSIVE).
 IN_EXCLUSIVE = select.EPOLLIN | select.EPOLLEXCLUSIVE
 
@@ -191,8 +191,8 @@ class PollSelector(selectors.EpollSelector):
         return for_asyncio
 
     def _in_turn(self, events: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The events with those first that were left. What is still ready epoll has reported again, but for a hang-up
-        that it reports once.
+        """The events with those first that were left. What is still readable epoll has reported again; the rest it may
+        have reported for the last time.
         """
         left, self.left = self.left, []
         now, served = dict(events), self.served

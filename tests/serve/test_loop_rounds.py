@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from forkd.serve.loop import IN
-from tests.support.transport_contract import Kit, Recorder, forkd_only, kits, watched_pipe
+from tests.support.transport_contract import MUCH, Kit, Recorder, forkd_only, kits, read_exactly, tcp_pair, watched_pipe
 
 kit = kits
 pipe = watched_pipe
@@ -223,6 +223,23 @@ def test_a_hang_up_in_a_round_that_is_cut_is_not_lost(kit: Kit, monkeypatch: pyt
     for peer in peers:
         peer.close()
     kit.until(lambda: all("eof_received" in recorder.calls for recorder in recorders))
+    assert not kit.poll_loop.selector.left
+
+
+@forkd_only
+def test_writability_in_a_round_that_is_cut_is_not_lost(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forkd.serve.loop.SLICE", 0.0)
+    monkeypatch.setattr("forkd.serve.loop.AT_ONCE", 1)
+    peers = []
+    for _ in range(5):
+        transport, peer = kit.connect(Recorder(kit), tcp_pair)
+        transport.pause_reading()
+        transport.write(bytes(MUCH))
+        peers.append(peer)
+    for peer in peers:
+        read_exactly(peer, MUCH // 4)  # the loop does not run: all of them have become writable at its next turn
+    for peer in peers:
+        assert len(kit.in_thread(read_exactly, peer, MUCH - MUCH // 4)) == MUCH - MUCH // 4
     assert not kit.poll_loop.selector.left
 
 
