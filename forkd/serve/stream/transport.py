@@ -664,22 +664,19 @@ class StreamTransport(transports._FlowControlMixin):
         self._maybe_pause_protocol()  # type: ignore[attr-defined]
 
     def _send_later(self) -> None:
-        """Has the loop send what is unsent when the socket takes it, if it does not wait for that already."""
+        """Has the loop send what is unsent when the socket takes it.
+
+        Where it waits for that already, epoll is asked again: while reading is paused, a socket that took all of the
+        last piece is not reported again (epoll(7), EPOLLET).
+        """
         if self._interest & OUT:
+            if self._interest & EDGE and self._sock.fileno() == self._fd:
+                self._loop.selector.epoll.modify(self._fd, self._interest)
             return
         if (timeouts := self._observer.timeouts) is not None and timeouts.write:
             self._stalled_since = now = monotonic()
             timeouts.deadlines.watch(self, now + timeouts.write / WRITE_CHECKS)
         self._watch(self._interest | OUT)
-
-    def _send_on(self) -> None:
-        """Has the loop send more, though the socket has taken all of the last piece. That it is writable is no news,
-        and would not be told again while reading is paused (epoll(7), EPOLLET).
-        """
-        if not self._interest & OUT:
-            self._send_later()
-        elif self._interest & EDGE and self._sock.fileno() == self._fd:
-            self._loop.selector.epoll.modify(self._fd, self._interest)
 
     def _write_later(self, data: Buffer) -> None:
         data = octets(data)
@@ -737,7 +734,7 @@ class StreamTransport(transports._FlowControlMixin):
             return
         if self._unsent or (self._file is not None and not self._closing):
             if self._tls is not None or not self._unsent:
-                self._send_on()
+                self._send_later()
             return
         self._watch(self._interest & ~OUT)
         if self._closing:
@@ -816,7 +813,7 @@ class StreamTransport(transports._FlowControlMixin):
         if self._stamps is not None:
             self._stamps.note_sent(sending.sent - before)
         self._stalled_since = monotonic()
-        self._send_on()
+        self._send_later()
 
     def _end_file(self) -> None:
         """After a file has been sent, or not to its end: writes are sent at once again."""

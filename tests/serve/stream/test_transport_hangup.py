@@ -128,6 +128,20 @@ def test_much_is_sent_to_a_slow_reader_while_nothing_is_read(kit: Kit, pair: Soc
     assert bytes(protocol.received) == b"unread"
 
 
+@pytest.mark.parametrize("write", ["write", "writelines"])
+def test_many_small_writes_where_writing_resumes_while_nothing_is_read(kit: Kit, write: str) -> None:
+    """After a number of them the rest waits, though the socket took all of them."""
+
+    def write_much(protocol: AnyRecorder) -> None:
+        if protocol.calls.count("resume_writing") == 1:
+            for _ in range(200):
+                getattr(protocol.transport, write)(b"12345" if write == "write" else [b"123", b"45"])
+
+    _, transport, peer = paused(Recorder, kit, tcp_pair, resume_writing=write_much)
+    transport.write(bytes(MUCH))
+    assert len(kit.in_thread(read_exactly, peer, MUCH + 1000)) == MUCH + 1000
+
+
 def test_sendfile_to_a_peer_that_sends_no_more(kit: Kit, tmp_path: Path) -> None:
     """asyncio's own protocol for that takes an end of file for a mistake of the transport."""
     protocol = Recorder(kit)
