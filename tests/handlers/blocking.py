@@ -27,6 +27,12 @@ def echo(sock: socket.socket, address: Any) -> None:
         sock.sendall(data)
 
 
+def sends(sock: socket.socket, address: Any) -> None:
+    """Sends for as long as it is read."""
+    while True:
+        sock.sendall(bytes(10_000))
+
+
 def echo_and_close(sock: socket.socket, address: Any) -> None:
     """The same, and closes the socket."""
     with sock:

@@ -62,6 +62,13 @@ async def file(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         await asyncio.get_running_loop().sendfile(writer.transport, content)
 
 
+async def sends(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Sends for as long as it is read."""
+    while True:
+        writer.write(bytes(10_000))
+        await writer.drain()
+
+
 async def lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """An echo of lines; closes after the word "bye"."""
     while line := await reader.readline():

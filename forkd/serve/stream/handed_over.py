@@ -13,6 +13,7 @@ import logging
 import select
 import socket
 from math import inf
+from ssl import SSLEOFError
 from time import monotonic
 from typing import Any
 
@@ -251,7 +252,7 @@ class HandedOver:
             return False
         if self._ended is not None:
             return True
-        return isinstance(error, ConnectionError) and self.is_lost()
+        return isinstance(error, (ConnectionError, SSLEOFError)) and self.is_lost()
 
     def is_lost(self) -> bool:
         """Whether the client has reset the connection, or has vanished; one that has sent its end alone is not lost."""

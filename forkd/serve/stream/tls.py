@@ -273,20 +273,19 @@ class TlsSession:
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """As a socket's. What it did not take is to be sent next, and more may follow it."""
-        if len(data) <= RECORD:
-            try:
+        sent, whole = 0, len(data)
+        try:
+            if whole <= RECORD:
                 return self._write(data)
-            except NOT_YET:
-                raise BlockingIOError(errno.EAGAIN, "the socket takes no more") from None
-        sent = 0
-        with memoryview(data) as view:
-            for _ in range(_RECORDS):
-                try:
+            with memoryview(data) as view:
+                for _ in range(_RECORDS):
                     sent += self._write(view[sent : sent + RECORD])
-                except NOT_YET:
-                    break
-                if sent == len(view):
-                    break
+                    if sent == whole:
+                        break
+        except NOT_YET:
+            pass
+        except ssl.SSLEOFError:  # older Pythons say so whatever the system has said of the socket
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
         if not sent:
             raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
         return sent

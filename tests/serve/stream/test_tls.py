@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -108,6 +109,20 @@ def test_much_is_sent_while_nothing_is_read(harness: Harness, authority: Authori
     daemon = start(harness, authority, handler=handler)
     client = secure(harness, daemon, client_context(authority))
     assert len(read(client, 3_000_000)) == 3_000_000
+
+
+@pytest.mark.parametrize("handler", ["secret:Bulk", "secret:file", "secret:sends", "blocking:sends"])
+def test_client_that_resets_while_it_is_sent_to_is_no_error(
+    harness: Harness, authority: Authority, handler: str
+) -> None:
+    settings = ("log.access=true", *settings_for(authority))
+    daemon = harness.daemon(target=handler, workers=1, settings=settings).start()
+    client = secure(harness, daemon, client_context(authority))
+    assert client.recv(1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    daemon.wait_log("forkd.access: .*, reset$")
+    assert daemon.status()["workers"][0]["errors"] == 0
 
 
 def test_streams_handler_ends_with_a_proper_end(harness: Harness, authority: Authority) -> None:
