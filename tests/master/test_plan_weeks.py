@@ -113,7 +113,7 @@ class Weeks(RuleBasedStateMachine):
         type(self).lived += 1
 
 
-@pytest.mark.parametrize("examples", [80, pytest.param(300, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_rules_hold_over_weeks_of_any_events(examples: int) -> None:
     # Without shrinking: to find the shortest of many lives takes longer than a test may.
     chosen = settings(

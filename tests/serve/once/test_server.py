@@ -190,10 +190,10 @@ def test_status_is_124_when_no_client_comes_in_time(single: Make) -> None:
 
 
 def test_client_that_came_in_time_may_stay(single: Make) -> None:
-    one = single(None, "--timeout", "1s").start()
+    one = single(None, "--timeout", "3s").start()
     with dial(one.address) as client:
         assert echoes(client)
-        late = single(None, "--timeout", "1200ms").start()
+        late = single(None, "--timeout", "3200ms").start()
         assert late.status() == 124
         assert echoes(client)
     assert one.status() == 0

@@ -111,7 +111,7 @@ def test_much_is_sent_while_nothing_is_read(harness: Harness, authority: Authori
     assert len(read(client, 3_000_000)) == 3_000_000
 
 
-@pytest.mark.parametrize("handler", ["secret:Bulk", "secret:file", "secret:sends", "blocking:sends"])
+@pytest.mark.parametrize("handler", ["secret:Bulk", "secret:sends", "blocking:sends"])
 def test_client_that_resets_while_it_is_sent_to_is_no_error(
     harness: Harness, authority: Authority, handler: str
 ) -> None:
