@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support.clients import datagram_client, echoes, read
+from tests.support.clients import at_end, datagram_client, dial, echoes, read
 from tests.support.daemon import Harness
 from tests.support.processes import DEADLINE
 
@@ -31,6 +32,34 @@ def test_slow_work_for_many_clients_is_no_stall(harness: Harness, handler: str) 
     for client in clients:
         assert read(client, 1) == b"x"
     assert daemon.status()["deaths"] == []
+
+
+def test_slow_work_for_many_clients_holds_no_thread_up(harness: Harness) -> None:
+    file = harness.directory / "tested.yaml"
+    file.write_text("""\
+listen:
+  - {address: 'tcp://127.0.0.1:0', handler: 'busy:SlowEcho'}
+  - {address: 'tcp://127.0.0.1:0', handler: 'blocking:ends', threads: 2}
+""")
+    daemon = harness.daemon(target=file, listen=(), workers=1).start()
+    busy, threads = (str(listener["address"]) for listener in daemon.status()["listeners"])
+    clients, over = [harness.connect(busy) for _ in range(20)], threading.Event()
+
+    def go_on(client: socket.socket) -> None:
+        while not over.is_set():
+            assert echoes(client, b"x")
+
+    with ThreadPoolExecutor(len(clients)) as pool:
+        done = pool.map(go_on, clients)
+        try:
+            for _ in range(6):
+                with dial(threads) as client:
+                    client.sendall(b"close")
+                    assert read(client, 100) == b"last word"
+                    assert at_end(client)
+        finally:
+            over.set()
+        assert [*done] == [None] * len(clients)
 
 
 @pytest.mark.parametrize("handler", ["SlowLines", "read_slowly"])

@@ -27,7 +27,7 @@ from forkd.config.listener import Listener
 from forkd.ended import HandshakeFailed
 from forkd.serve.deadlines import ActivityStamps
 from forkd.serve.handlers import Handler
-from forkd.serve.loop import EDGE, IN
+from forkd.serve.loop import IN
 from forkd.serve.stream.handed_over import HandedOver, HandOverServer
 from forkd.serve.stream.tls import TlsContexts, handshake_bytes, handshake_reason, load_contexts, say_end
 from forkd.serve.stream.transport import ServerContext
@@ -271,8 +271,7 @@ class ThreadServer(HandOverServer):
         self._busy = 0
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.loop.selector.served[self._event] = self._collect
-        # Each write is an event, so it need not be read.
-        self.loop.selector.epoll.register(self._event, IN | EDGE)
+        self.loop.selector.epoll.register(self._event, IN)
         context.at_end.append(self.close)
 
     def __call__(self, sock: socket.socket, peer: Any) -> None:
@@ -367,6 +366,8 @@ class ThreadServer(HandOverServer):
 
     def _collect(self, mask: int) -> None:
         """On the loop: ends the connections whose threads are done."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._event)
         self._woken = False
         while self._done:
             connection, error = self._done.popleft()
