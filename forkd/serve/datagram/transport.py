@@ -191,7 +191,7 @@ class DatagramTransport(transports._FlowControlMixin, asyncio.DatagramTransport)
         """Tells the protocol that there is a socket, then begins to read. Raises what the protocol raises."""
         self._context.run(self._protocol.connection_made, self)
         if not self._closing:
-            self._watch(self._read_interest)
+            self._watch(self._interest | self._read_interest)
 
     # Receiving
 

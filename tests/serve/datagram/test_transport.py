@@ -379,6 +379,28 @@ def look_often(kit: Kit) -> None:
     kit.loop.call_later(0.01, look_often, kit)
 
 
+def test_what_connection_made_sends_goes_out_when_the_peer_takes_it(ours: Kit) -> None:
+    sock, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.sockets += [sock, peer]
+    sock.setblocking(False)
+    received = []
+
+    def send_many(protocol: Recorder) -> None:
+        protocol.transport.set_write_buffer_limits(100)
+        for number in range(1000):
+            protocol.transport.sendto(b"%d" % number)
+
+    def take() -> None:
+        received.append(int(peer.recv(100)))
+        ours.look()
+
+    server = ours.serve(sock, peer=("", 0), connection_made=send_many)
+    ours.loop.add_reader(peer, take)
+    ours.until(lambda: len(received) == 1000 and "resume_writing" in server.calls)
+    ours.loop.remove_reader(peer)
+    assert received == [*range(1000)]
+
+
 def test_what_a_peer_does_not_take_expires(
     ours: Kit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -396,7 +418,7 @@ def test_what_a_peer_does_not_take_expires(
     monkeypatch.setattr(server.transport, "_transmit", note_try)
     look_often(ours)
     ours.until(lambda: server.transport.get_write_buffer_size() == 0)
-    assert 2 <= len(tries) <= 5  # after 10, 30, 70, 150 and 310 ms, unless the machine is late
+    assert 1 <= len(tries) <= 5  # after 10, 30, 70, 150 and 310 ms, unless the machine is late
     assert ours.row[Field.DATAGRAMS_DROPPED] == 10
     assert "pause_writing" not in server.calls
     server.transport.sendto(b"not kept", silent.getsockname())
