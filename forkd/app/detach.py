@@ -21,6 +21,7 @@ from typing import NoReturn, TypeVar, cast
 from forkd import LONGEST_WAIT
 from forkd.errors import BootError, ForkdError, is_bug, system_reason
 from forkd.messages import InvalidMessage, LaunchFailed, LaunchMessage, decode_launch, encode
+from forkd.system.channel import wait_ready
 from forkd.system.process import finish_interpreter, flush_output
 
 log = logging.getLogger("forkd")
@@ -171,7 +172,7 @@ def read_until(descriptor: int, seconds: float | None) -> tuple[bytes, bool]:
     with open(descriptor, "rb", buffering=0) as pipe:
         while deadline is None or time.monotonic() < deadline:
             left = LONGEST_WAIT if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT)
-            if select.select([pipe], [], [], left)[0]:
+            if wait_ready(pipe, select.POLLIN, left):
                 portion = pipe.read(65536)
                 if not portion:
                     return received, False

@@ -22,7 +22,7 @@ from forkd.master.admin.loading import load_extras
 from forkd.master.generation import Generation, wanted_workers
 from forkd.master.reload import DIFF
 from forkd.messages import BoundEvent, ChildEvent, DifferencesEvent, FailedEvent, KeptEvent, SettingsEvent
-from forkd.system.channel import Channel
+from forkd.system.channel import Channel, wait_ready
 from forkd.system.identity import find_identity
 from forkd.system.listeners import BoundListener, bind_listener, matching_indexes, unmatched
 from forkd.system.rlimits import descriptor_warnings, raise_limits
@@ -138,5 +138,5 @@ def _send(channel: Channel, event: ChildEvent, descriptors: Sequence[int] = ()) 
     else:
         channel.send(event)
     while channel.has_unsent:
-        select.select([], [channel], [])
+        wait_ready(channel, select.POLLOUT)
         channel.flush()

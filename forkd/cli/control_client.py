@@ -23,7 +23,7 @@ from typing import NamedTuple, Self, TypeVar
 from forkd import LONGEST_WAIT
 from forkd.errors import BootError, ForkdError, NotAllowed, NotRunning
 from forkd.messages import LARGEST_REPLY, ErrorReply, InvalidMessage, JsonObject, Request, decode_reply
-from forkd.system.channel import Channel, ChannelClosed, peer_uid
+from forkd.system.channel import Channel, ChannelClosed, peer_uid, wait_ready
 from forkd.system.run_directory import RunDirectory
 
 #: Seconds within which a healthy master replies to a request that needs no work.
@@ -126,7 +126,7 @@ class MasterConnection:
                 return
 
     def _wait(self, deadline: float) -> None:
-        while not select.select([self._channel], [], [], _left(deadline))[0]:
+        while not wait_ready(self._channel, select.POLLIN, _left(deadline)):
             if time.monotonic() >= deadline:
                 raise ForkdError(f"{self._run.name} does not answer")
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from forkd.errors import system_reason
 from forkd.messages import LARGEST, JsonLines, JsonObject, MalformedLine, Message, encode
@@ -32,6 +35,22 @@ class ChannelClosed(ConnectionError):
 
 class MalformedInput(ChannelClosed):
     """The other side sent what is no message."""
+
+
+def wait_ready(descriptor: Any, events: int, seconds: float | None = None) -> bool:
+    """Waits for a descriptor, also for one above 1023, of which select(2) knows nothing.
+
+    Args:
+        descriptor: its number, or what has it.
+        events: of poll(2); a hang-up and an error always count.
+        seconds: to wait at most; None: as long as it takes.
+
+    Returns:
+        Whether one of the events is there.
+    """
+    poller = select.poll()
+    poller.register(descriptor, events)
+    return bool(poller.poll(None if seconds is None else math.ceil(seconds * 1000)))
 
 
 class Channel:

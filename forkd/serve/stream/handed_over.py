@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
 import socket
 from math import inf
 from ssl import SSLEOFError
@@ -31,6 +30,7 @@ from forkd.serve.deadlines import (
 from forkd.serve.lingering import Lingering
 from forkd.serve.loop import PollLoop
 from forkd.serve.stream.transport import MOST_DROPPED, ServerContext, log_end
+from forkd.system.channel import wait_ready
 from forkd.system.socket_stats import cookie_of, read_tcp_info, unacknowledged_bytes, unread_bytes
 
 log = logging.getLogger("forkd.transport")
@@ -256,9 +256,7 @@ class HandedOver:
 
     def is_lost(self) -> bool:
         """Whether the client has reset the connection, or has vanished; one that has sent its end alone is not lost."""
-        poller = select.poll()
-        poller.register(self._sock, 0)
-        return bool(poller.poll(0))
+        return wait_ready(self._sock, 0, 0)
 
     def _has_sent_end(self) -> bool:
         """Whether the client has sent its end, and all before that was read; or has gone."""

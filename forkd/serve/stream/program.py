@@ -36,6 +36,7 @@ from forkd.serve.loop import IN, OUT, PollLoop
 from forkd.serve.stream.handed_over import HandedOver, HandOverServer
 from forkd.serve.stream.tls import NOT_YET, BufferedTlsSession, TlsSession
 from forkd.serve.stream.transport import ServerContext
+from forkd.system.channel import wait_ready
 from forkd.system.libc import c_function
 
 log = logging.getLogger("forkd.program")
@@ -330,6 +331,8 @@ class Program(ABC):
                 os.killpg(self.pid, signum)
 
     def _ready(self, mask: int) -> None:
+        if not wait_ready(self._pidfd, select.POLLIN, 0):  # that was of the one who had this descriptor before
+            return
         self._loop.selector.epoll.unregister(self._pidfd)
         status = self.reap(os.WNOHANG)
         for _ in range(_READS_AT_END):  # before it is told how the program has ended
@@ -355,7 +358,7 @@ class Program(ABC):
         """After the loop has stopped: kills its group, and takes its exit status."""
         if not self._reaped:
             self.signal_group(signal.SIGKILL)
-            if select.select([self._pidfd], [], [], _KILL_SECONDS)[0]:
+            if wait_ready(self._pidfd, select.POLLIN, _KILL_SECONDS):
                 self.reap(os.WNOHANG)
 
     def close_in_child(self) -> None:
