@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,10 @@ class Authority:
         self._openssl(
             "req", "-x509", *_NEW_KEY, *usage, "-keyout", self._key, "-out", self.cert, "-subj", f"/CN={name}"
         )
+
+    def trusted(self) -> ssl.SSLContext:
+        """What a client has that trusts it."""
+        return ssl.create_default_context(cafile=self.cert)
 
     def issue(self, name: str, *hosts: str, days: float = 30) -> tuple[Path, Path]:
         """The files of a new certificate for these hosts, and of its key."""

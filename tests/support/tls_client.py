@@ -22,11 +22,11 @@ class TlsClient:
         sock: its connected socket, which stays the caller's.
         context: what it trusts.
         name: the host that it asks for.
-        early: what it sends in one piece with the end of its handshake.
+        early: what it sends in one piece with the end of its handshake; None: the end that TLS has.
     """
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, name: str = "localhost", early: bytes = b""
+        self, sock: socket.socket, context: ssl.SSLContext, name: str = "localhost", early: bytes | None = b""
     ) -> None:
         self._sock = sock
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -38,8 +38,10 @@ class TlsClient:
                 self._exchange()
             else:
                 break
-        self._tls.write(early)
-        self._flush()
+        if early is None:
+            self.say_end()
+        else:
+            self.send(early)
 
     def send(self, data: bytes) -> None:
         """Sends all of it."""

@@ -22,8 +22,9 @@ import pytest
 
 from forkd import compiled
 from forkd.ended import Ended
-from forkd.serve.deadlines import TimeoutPolicy
+from forkd.serve.deadlines import Deadlines, TimeoutPolicy
 from forkd.serve.loop import IN, PollLoop, PollSelector, compiled_selector
+from forkd.serve.stream.tls import TlsContexts, TlsHandshake, TlsHandshakes, TlsSession
 from forkd.serve.stream.transport import StreamTransport, compiled_transport
 from tests.support.needs import needs_compiled_twin
 from tests.support.processes import DEADLINE
@@ -239,6 +240,37 @@ class Kit:
             self.run(accept_one())
         self.transports.append(protocol.transport)
         return protocol.transport, peer
+
+    def connect_with_tls(
+        self, protocol: Any, contexts: TlsContexts, client: Callable[[socket.socket], Any]
+    ) -> tuple[Any, socket.socket, Any]:
+        """As `connect`, over TCP with TLS; and what `client` makes of the peer's socket. That is called in a
+        thread, does its handshake, and has returned when the transport begins.
+        """
+        assert self.twin is not None
+        served, peer = self.pair(tcp_pair)
+        self._served.append(served)
+        peer.settimeout(DEADLINE)
+        name = peer.getsockname()
+        session = TlsSession(contexts, served)
+        shared = TlsHandshakes(self.poll_loop, Deadlines(self.poll_loop), contexts, DEADLINE)
+        ended: asyncio.Future[tuple[bool, Ended | None]] = self.loop.create_future()
+
+        async def begin() -> None:
+            TlsHandshake(shared, session, served, name, lambda *how: ended.set_result(how))
+
+        self.run(begin())
+        made = self.in_thread(client, peer)
+        watched, failure = self.run(ended)
+        assert failure is None
+        transport: Any = self.twin[1](self.poll_loop, served, protocol, name, self.observer, session)
+        self.transports.append(transport)
+
+        async def start() -> None:
+            transport.start(watched=watched)
+
+        self.run(start())
+        return transport, peer, made
 
     def pair(
         self, pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair

@@ -393,6 +393,8 @@ class BufferedTlsSession(TlsSession):
                 self._ssl.do_handshake()
             except ssl.SSLWantReadError:
                 self.flush()
+                if self.unsent:
+                    raise ssl.SSLWantWriteError from None
                 self._fill()
             except OSError:
                 self.flush()  # the peer is told, too

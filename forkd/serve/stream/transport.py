@@ -63,6 +63,7 @@ from forkd.serve.lingering import Lingering
 from forkd.serve.loop import CONNECTION, EDGE, ERR, FAST, HUP, IN, OUT, RDHUP, PollLoop
 from forkd.serve.stream.coroutine import StreamsProtocol
 from forkd.serve.stream.tls import AT_END, NOT_YET, TlsSession
+from forkd.system.channel import wait_ready
 from forkd.system.logs import ACCESS_LOGGER
 from forkd.system.socket_stats import cookie_of, read_tcp_info, unacknowledged_bytes, unread_bytes
 
@@ -390,10 +391,11 @@ class StreamTransport(transports._FlowControlMixin):
         if not (self._paused or self._closing):
             self._watch(self._interest | IN)
             # A client that spoke at once is heard at once, which saves a round of the loop. Not so for a
-            # BufferedProtocol, which would be asked for a buffer in vain when there is nothing yet.
+            # BufferedProtocol, which would be asked for a buffer in vain when there is nothing yet. Of an end that TLS
+            # has and that is read early no later event would tell.
             if at_once and self._deliver is not None:
                 self._data_ready(IN)
-            elif self._protocol.__class__ is StreamsProtocol:
+            elif self._protocol.__class__ is StreamsProtocol and self._tls is None:
                 self._read_early()
         if draining():
             if at_once:
@@ -408,7 +410,7 @@ class StreamTransport(transports._FlowControlMixin):
         try:
             data = self._recv(READ_SIZE)
         except OSError as error:
-            if not isinstance(error, (BlockingIOError, InterruptedError, *NOT_YET, *AT_END)):
+            if not isinstance(error, (BlockingIOError, InterruptedError)):
                 self._error = type(error)(*error.args)  # which the kernel tells but once
             return
         if data:
@@ -544,7 +546,7 @@ class StreamTransport(transports._FlowControlMixin):
         before = len(self._loop.scheduled)
         if not self._tell_end_of_file():
             return
-        if self._eof_answer and self._tls is None:
+        if self._eof_answer:
             if not self._closing:
                 self._watch(self._interest & ~IN | EDGE)
         elif self._unsent or self._closing or len(self._loop.scheduled) > before:
@@ -558,7 +560,8 @@ class StreamTransport(transports._FlowControlMixin):
         """Tells the protocol, whose answer is in `_eof_answer` then; False when it has raised instead."""
         self._eof_answer = True  # should it read on in there it has been told already
         try:
-            self._eof_answer = bool(self._context.run(self._protocol.eof_received))  # type: ignore[attr-defined]
+            answer = bool(self._context.run(self._protocol.eof_received))  # type: ignore[attr-defined]
+            self._eof_answer = answer and self._tls is None  # as with asyncio's, nothing can be sent after it
         except BaseException as error:  # noqa: BLE001 (the handler's border)
             self.handler_failed(error, "Fatal error: protocol.eof_received() call failed.")
             return False
@@ -592,6 +595,8 @@ class StreamTransport(transports._FlowControlMixin):
         # asyncio's sendfile takes anything but a loss for a mistake while it has the connection.
         if isinstance(self._protocol, base_events._SendfileFallbackProtocol):  # type: ignore[attr-defined]
             return False
+        if self._tls is not None and self._tls.pending():  # which a buffer was too small for
+            return False
         try:
             return not self._sock.recv(1, socket.MSG_PEEK)
         except (BlockingIOError, InterruptedError):
@@ -604,8 +609,10 @@ class StreamTransport(transports._FlowControlMixin):
         if self._conn_lost or isinstance(error, NOT_YET):
             return
         if isinstance(error, AT_END):
-            if self._tls is not None:
-                self._tls.cut = isinstance(error, SSLEOFError)
+            if self._tls is not None and isinstance(error, SSLEOFError):
+                self._tls.cut = True
+                if self._error is None and wait_ready(self._fd, 0, 0):  # older Pythons say so of a reset, too
+                    self._error = ConnectionResetError(*_RESET)
             self._end_of_file()
             return
         self._note_error(error, "Fatal read error on socket transport")
@@ -733,8 +740,7 @@ class StreamTransport(transports._FlowControlMixin):
         if self._conn_lost:
             return
         if self._unsent or (self._file is not None and not self._closing):
-            if self._tls is not None or not self._unsent:
-                self._send_later()
+            self._send_later()
             return
         self._watch(self._interest & ~OUT)
         if self._closing:

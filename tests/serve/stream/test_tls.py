@@ -44,7 +44,7 @@ def start(harness: Harness, authority: Authority, *more: str, handler: str = "se
 
 
 def client_context(authority: Authority, **options: Any) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=authority.cert)
+    context = authority.trusted()
     for name, value in options.items():
         setattr(context, name, value)
     return context
@@ -123,6 +123,24 @@ def test_client_that_resets_while_it_is_sent_to_is_no_error(
     client.close()
     daemon.wait_log("forkd.access: .*, reset$")
     assert daemon.status()["workers"][0]["errors"] == 0
+
+
+@pytest.mark.parametrize("what", ["handler: 'forkd.builtin:Echo'", "command: [cat]"])
+def test_chain_of_certificates_may_be_larger_than_the_sockets_buffer(
+    harness: Harness, authority: Authority, tmp_path: Path, what: str
+) -> None:
+    cert, key = authority.issue("localhost", "localhost")
+    cert.write_text(cert.read_text() + authority.cert.read_text() * 100)
+    file = tmp_path / "chain.yaml"
+    tls = f"{{cert: {cert}, key: {key}}}"
+    file.write_text(f"listen: [{{address: 'tcp://127.0.0.1:0', {what}, tls: {tls}, socket: {{send_buffer: 4KiB}}}}]\n")
+    daemon = harness.daemon(target=file, listen=(), workers=1).start()
+    sock = harness.closing(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(DEADLINE)
+    sock.connect(endpoint(daemon.address)[1])
+    with client_context(authority).wrap_socket(sock, server_hostname="localhost") as client:
+        assert echoes(client)
 
 
 def test_streams_handler_ends_with_a_proper_end(harness: Harness, authority: Authority) -> None:

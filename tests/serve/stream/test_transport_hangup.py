@@ -12,6 +12,7 @@ import socket
 import time
 from asyncio import base_events
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def test_many_small_writes_where_writing_resumes_while_nothing_is_read(kit: Kit,
     _, transport, peer = paused(Recorder, kit, tcp_pair, resume_writing=write_much)
     transport.write(bytes(MUCH))
     assert len(kit.in_thread(read_exactly, peer, MUCH + 1000)) == MUCH + 1000
+
+
+@forkd_only
+@pytest.mark.parametrize("held", [False, True])
+def test_corked_writes_where_writing_resumes_while_nothing_is_read(kit: Kit, held: bool) -> None:
+    """Held: in a cork that another task of the handler has."""
+
+    def write_more(protocol: AnyRecorder) -> None:
+        if protocol.calls.count("resume_writing") == 1:
+            with nullcontext() if held else protocol.transport.cork():
+                protocol.transport.write(b"12345")
+                protocol.transport.write(b"67890")
+
+    _, transport, peer = paused(Recorder, kit, tcp_pair, resume_writing=write_more)
+    with transport.cork() if held else nullcontext():
+        transport.write(bytes(MUCH))
+        assert len(kit.in_thread(read_exactly, peer, MUCH)) == MUCH
+        kit.turn()
+    assert kit.in_thread(read_exactly, peer, 10) == b"1234567890"
 
 
 def test_sendfile_to_a_peer_that_sends_no_more(kit: Kit, tmp_path: Path) -> None:
