@@ -56,7 +56,8 @@ def test_daemon_that_leaves_serves_on_but_says_so(harness: Harness) -> None:
     assert "forkd_draining 1.0" in ask(where, "/metrics").body
     after = harness.connect(address)
     assert echoes(after)
-    victim = daemon.workers()[1]
+    counts = daemon.wait_clients(2)
+    victim = min(counts, key=lambda pid: counts[pid])  # a client stays
     daemon.expect("killed by SIGKILL")
     os.kill(victim, signal.SIGKILL)
     daemon.wait_workers(2, without={victim})  # it takes clients, so there are workers for them
@@ -211,12 +212,11 @@ def test_clients_come_back_over_the_whole_spread(harness: Harness) -> None:
     daemon = harness.daemon(target="polite:Polite", workers=1, settings=("drain_spread=800ms",)).start()
     clients = [harness.connect(daemon) for _ in range(8)]
     assert all(echoes(client) for client in clients)
+    began = time.monotonic()
     daemon.signal(signal.SIGTERM)
-    told = []
     for client in clients:  # in the order of their descriptors, which is that of their turns
         assert read(client, 7) == b"goodbye"
-        told.append(time.monotonic())
-    assert told[-1] - told[0] >= 0.6  # seven gaps of a tenth of a second, the first of which may be seen late
+    assert time.monotonic() - began >= 0.7  # seven gaps of a tenth of a second
 
 
 def test_spread_is_cut_by_the_end_of_the_drain(harness: Harness) -> None:

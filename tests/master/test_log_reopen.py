@@ -52,6 +52,11 @@ def test_rotations_lose_no_line_of_workers_that_log(harness: Harness, verb: str)
         assert not any(".log." in one for one in descriptors(pid))
 
 
+def wait_new_file(*pids: int) -> None:
+    """Waits until these processes have no old file open: workers close theirs when the master tells them."""
+    eventually(lambda: not any(".log." in one for pid in pids for one in descriptors(pid)), what="old files closed")
+
+
 def test_new_file_has_the_lines_of_master_and_later_workers(harness: Harness) -> None:
     site = Changing(harness)
     daemon = site.daemon.start()
@@ -66,8 +71,7 @@ def test_new_file_has_the_lines_of_master_and_later_workers(harness: Harness) ->
     rotate(daemon, 2)
     assert daemon.command("upgrade").returncode == 0
     rotate(daemon, 3)
-    for pid in (daemon.pid, *daemon.workers().values()):
-        assert not any(".log." in one for one in descriptors(pid))
+    wait_new_file(daemon.pid, *daemon.workers().values())
     assert not {*replaced.values()} & {*daemon.workers().values()}
     assert "has ended" not in old.read_text()
 
@@ -84,7 +88,7 @@ def test_worker_booting_during_a_rotation_logs_to_the_new_file(harness: Harness)
         daemon.wait_log("reload: done")
     rotate(daemon, 2)
     pid = daemon.workers()[1]
-    eventually(lambda: not any(".log." in one for one in descriptors(pid)), what="the old files closed")
+    wait_new_file(pid)
 
 
 def test_log_that_is_cut_short_goes_on_at_its_beginning(harness: Harness) -> None:

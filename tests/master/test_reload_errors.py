@@ -110,7 +110,7 @@ def test_address_bound_for_a_failed_reload_is_free_again(harness: Harness, tmp_p
 
 
 def test_workers_that_never_boot_end_a_reload_with_stacks(harness: Harness) -> None:
-    site = Changing(harness, boot_timeout="500ms")
+    site = Changing(harness, boot_timeout="1500ms")
     daemon = site.daemon
     daemon.expect("it was not ready by its boot_timeout; these are its stacks", "killing worker . .* boot_timeout")
     daemon.expect("has ended: killed by SIGKILL, it was not ready by its boot_timeout", "reload: failed")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import datagram_client
-from tests.support.daemon import Daemon, Harness
+from tests.support.daemon import STOOD_STILL, Daemon, Harness
 from tests.support.processes import eventually
 from tests.support.unprivileged import AS_NOBODY, check_unchanged, order_worker, unprivileged_daemon
 
@@ -22,6 +22,7 @@ HANDLERS = {"tcp": "Hostile", "udp": "Datagrams"}
 def test_cleared_o_nonblock_gets_no_worker_killed(open_harness: Harness, open_directory: Path, address: str) -> None:
     listen = (address.format(open_directory),)
     daemon = unprivileged_daemon(open_harness, "stall_timeout=900ms", listen=listen, workers=3).start()
+    daemon.allow(STOOD_STILL)
     master, workers = daemon.pid, daemon.workers()
     order_worker(open_harness, daemon, "poison", "blocking")
     daemon.wait_log("listener .*: O_NONBLOCK was changed by another process, and is set right")
@@ -34,6 +35,7 @@ def test_cleared_o_nonblock_gets_no_worker_killed(open_harness: Harness, open_di
 @pytest.mark.parametrize("change", ["reload", "restart"])
 def test_cleared_o_nonblock_does_not_outlive_a_change(open_harness: Harness, change: str) -> None:
     daemon = unprivileged_daemon(open_harness, "stall_timeout=900ms").start()
+    daemon.allow(STOOD_STILL)
     order_worker(open_harness, daemon, "poison", "blocking")
     assert daemon.command(change).returncode == 0
     workers = daemon.wait_workers(2)

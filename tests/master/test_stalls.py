@@ -17,7 +17,7 @@ import pytest
 from forkd.master.master import LATE
 from forkd.master.plan import STACKS
 from tests.support.clients import at_end, echoes, read
-from tests.support.daemon import Daemon, Harness
+from tests.support.daemon import STOOD_STILL, Daemon, Harness
 from tests.support.many_clients import GREETING
 from tests.support.processes import eventually, wait_end
 from tests.support.scoreboard import heartbeats
@@ -60,6 +60,7 @@ def stacks(daemon: Daemon, pid: int) -> str:
 
 def test_workers_that_have_nothing_to_do_do_not_stand_still(harness: Harness) -> None:
     daemon = start(harness)
+    daemon.allow(STOOD_STILL)
     workers, begun = daemon.workers(), monotonic()
     eventually(lambda: min(heartbeats(daemon.pid, {*workers.values()})) > begun + 3 * STALL, what="some heartbeats")
     assert daemon.workers() == workers
@@ -67,6 +68,7 @@ def test_workers_that_have_nothing_to_do_do_not_stand_still(harness: Harness) ->
 
 def test_machine_that_slept_kills_no_worker(harness: Harness) -> None:
     daemon = start(harness)
+    daemon.allow(STOOD_STILL)
     client, master, workers = harness.connect(daemon), daemon.pid, daemon.workers()
     pids = {*workers.values()}
     for pid in (*pids, master):

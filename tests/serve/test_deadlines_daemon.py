@@ -103,7 +103,7 @@ def test_a_sender_of_a_byte_now_and_then_ends_with_its_lifetime(harness: Harness
         while not select.select([client], [], [], 0.05)[0] or client.recv(1):
             client.sendall(b"x")
     assert time.monotonic() - began >= 0.6
-    daemon.wait_log("lost by LifetimeOver: it is 0.[6-9] s old")
+    daemon.wait_log(r"lost by LifetimeOver: it is \d+\.\d s old")
     assert ended(daemon) == {"lifetime": 1}
 
 
@@ -131,7 +131,7 @@ def test_a_client_that_reads_slowly_is_not_closed(harness: Harness) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     got, began = 0, time.monotonic()
     while time.monotonic() < began + 1.5:
-        got += len(client.recv(4096))
+        got += len(client.recv(65536))
         select.select([], [], [], 0.01)
     assert ended(daemon) == {}
     while data := client.recv(1 << 20):
@@ -160,15 +160,15 @@ def test_a_streams_handler_reads_why(harness: Harness) -> None:
 
 
 def test_a_silent_client_lives_while_it_answers_heartbeats(harness: Harness) -> None:
-    daemon = start(harness, "Asking", "keepalive.heartbeat=300ms", "timeouts.first_byte=off")
+    daemon = start(harness, "Asking", "keepalive.heartbeat=800ms", "timeouts.first_byte=off")
     client = harness.connect(daemon)
-    for _ in range(4):
+    for _ in range(2):
         assert read(client, 1) == b"?"
         assert echoes(client, b"!")
     last = time.monotonic()
     assert read(client, 1) == b"?"
     expect_end(daemon, client, "heartbeat", "HeartbeatLost")
-    assert time.monotonic() - last >= 0.5
+    assert time.monotonic() - last >= 1.5
 
 
 def test_a_client_that_speaks_is_not_asked(harness: Harness) -> None:
@@ -218,9 +218,9 @@ def test_a_heartbeat_that_raises_ends_its_connection(harness: Harness) -> None:
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_client_that_sends_is_alive_while_it_is_not_read(harness: Harness, address: str) -> None:
-    daemon = start(harness, "Deaf", "keepalive.heartbeat=300ms", "timeouts.first_byte=off", address=address)
+    daemon = start(harness, "Deaf", "keepalive.heartbeat=800ms", "timeouts.first_byte=off", address=address)
     client = harness.connect(daemon)
-    until = time.monotonic() + 1.2
+    until = time.monotonic() + 2.5
     while (left := until - time.monotonic()) > 0:
         if select.select([client], [], [], left)[0]:
             assert client.recv(1) == b"?"

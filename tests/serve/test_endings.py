@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import echoes
-from tests.support.daemon import Daemon, Harness
+from tests.support.daemon import STOOD_STILL, Daemon, Harness
 from tests.support.once_process import OnceProcess
 from tests.support.processes import wait_end
 
@@ -46,6 +46,7 @@ def test_worker_ends_as_an_interpreter_does(harness: Harness, how: str) -> None:
 )
 def test_worker_whose_end_takes_too_long_ends_in_time(harness: Harness, word: bytes, said: str) -> None:
     daemon = leaving(harness, "drain_timeout=1s", "stall_timeout=900ms")
+    daemon.allow(STOOD_STILL)
     (pid,) = daemon.workers().values()
     with harness.connect(daemon) as client:
         assert echoes(client, word)

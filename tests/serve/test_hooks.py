@@ -68,11 +68,11 @@ def test_hooks_run_in_the_workers_of_each_generation(harness: Harness) -> None:
         ("fail", "failed: ConnectionRefusedError: no database at 192.0.2.1", r'hooked.py", line \d+, in fail\n'),
         ("leave", "failed: SystemExit: 7", "in leave"),
         ("cancel", "failed: asyncio.exceptions.CancelledError", "in cancel"),
-        ("wait", "has not returned by boot_timeout (2 s)", r"in wait\n.*Event"),
+        ("wait", "has not returned by boot_timeout (4 s)", r"in wait\n.*Event"),
     ],
 )
 def test_setup_that_fails_is_a_failed_boot(harness: Harness, hook: str, reason: str, details: str) -> None:
-    daemon = hooked(harness, *DAEMON, f"listen.setup=hooked:{hook}", "boot_timeout=2s")
+    daemon = hooked(harness, *DAEMON, f"listen.setup=hooked:{hook}", "boot_timeout=4s")
     result = daemon.command("start")
     assert result.returncode == 1
     assert f"worker 1 could not boot: setup hooked:{hook} {reason}" in result.stderr

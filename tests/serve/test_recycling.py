@@ -115,9 +115,8 @@ def test_workers_of_one_age_are_replaced_one_by_one(harness: Harness) -> None:
     assert all(echoes(client) for client in staying)
     for client in staying:
         client.close()
-    deaths = wait_deaths(daemon, 4)
-    assert {*first.values()} <= {death["pid"] for death in deaths}
-    assert all(re.search(r"recycled: \d+s old", death["cause"]) for death in deaths)
+    eventually(lambda: {*first.values()} <= {death["pid"] for death in look(daemon)["deaths"]}, what="their ends")
+    assert all(re.search(r"recycled: \d+s old", death["cause"]) for death in look(daemon)["deaths"])
 
 
 def test_a_worker_that_has_grown_is_replaced_and_no_other(harness: Harness) -> None:

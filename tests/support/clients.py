@@ -80,6 +80,8 @@ def refuses(address: str) -> bool:
         dial(address).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it is being closed
+        return False
     return False
 
 

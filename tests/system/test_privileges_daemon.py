@@ -19,7 +19,7 @@ from tests.support.clients import echoes, read
 from tests.support.daemon import Harness, forkd
 from tests.support.needs import lacks, needs_program
 from tests.support.paths import HANDLERS
-from tests.support.processes import alive, eventually
+from tests.support.processes import alive, eventually, links_of
 from tests.support.unprivileged import (
     AS_NOBODY,
     GROUP,
@@ -128,7 +128,7 @@ def test_worker_has_no_descriptor_of_the_terminal(open_harness: Harness) -> None
     code = "import pty, sys; pty.spawn(['sh', '-c', 'exec \"$@\" 2>/dev/null', 'sh', *sys.argv[1:]])"
     daemon.prefix = [sys.executable, "-c", code]
     daemon.run()
-    assert any(os.readlink(one).startswith("/dev/pts/") for one in Path(f"/proc/{daemon.pid}/fd").iterdir())
+    assert any(link.startswith("/dev/pts/") for link in links_of(daemon.pid))
     found = order_worker(open_harness, daemon, "descriptors")["value"]
     assert [link for link in found.values() if link.startswith(("/dev/pts/", "/dev/tty"))] == []
 
@@ -160,9 +160,9 @@ def test_descriptors_that_forkd_run_inherits_are_closed(open_harness: Harness, o
     pipe = os.readlink(f"/proc/self/fd/{writer}")
     os.close(writer)
     os.close(reader)
-    assert pipe in {os.readlink(entry) for entry in Path(f"/proc/{daemon.pid}/fd").iterdir()}
+    assert pipe in links_of(daemon.pid)
     (pid,) = daemon.workers().values()
-    assert pipe not in {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    assert pipe not in links_of(pid)
 
 
 def test_control_socket_refuses_other_users_with_any_mode(open_harness: Harness) -> None:

@@ -22,7 +22,7 @@ from tests.support.changing_daemon import Changing
 from tests.support.clients import at_end, dial, echoes, is_free, read, refuses
 from tests.support.daemon import Daemon, Harness
 from tests.support.needs import needs_root
-from tests.support.processes import alive, eventually, wait_end
+from tests.support.processes import alive, eventually, links_of, wait_end
 from tests.support.unprivileged import NOBODY
 
 ADMIN = "admin.address=tcp://127.0.0.1:0"
@@ -313,10 +313,6 @@ def test_addresses_are_free_when_the_successor_ends_before_the_old_master(harnes
     wait_end(old)
 
 
-def inodes_of(pid: int) -> set[str]:
-    return {os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir()}
-
-
 def test_workers_have_no_socket_of_the_endpoint(harness: Harness) -> None:
     daemon = harness.daemon(settings=(ADMIN,)).start()
     connection = Connection(service_of(daemon))
@@ -328,8 +324,8 @@ def test_workers_have_no_socket_of_the_endpoint(harness: Harness) -> None:
     port = connection.address.rpartition(":")[2]
     tables = Path("/proc/net/tcp").read_text().splitlines()
     ours = {f"socket:[{line.split()[9]}]" for line in tables if f":{int(port):04X} " in line}
-    assert ours & inodes_of(daemon.pid)
-    assert [ours & inodes_of(pid) for pid in {*before.values(), *after.values()} - {before[1]}] == [set(), set()]
+    assert ours & {*links_of(daemon.pid)}
+    assert [ours & {*links_of(pid)} for pid in {*before.values(), *after.values()} - {before[1]}] == [set(), set()]
     connection.close()
 
 

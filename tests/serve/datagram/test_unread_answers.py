@@ -73,7 +73,7 @@ def test_hosts_that_have_vanished_silence_no_other(harness: Harness, stack: Exit
     ):
         subprocess.run(["ip", *words.split()], check=True)
     daemon = harness.daemon(target="grams:Push", listen=("udp://0.0.0.0:0",), workers=1).run()
-    good = stack.enter_context(datagram_client(daemon.address.replace("0.0.0.0", "127.0.0.1"), 0.5))
+    good = stack.enter_context(datagram_client(daemon.address.replace("0.0.0.0", "127.0.0.1"), PROMPT))
     good.send(b"300 " + b" ".join(b"10.9.0.%d" % number for number in range(2, 12)))
     good.recv(1000)
     for _ in range(10):

@@ -294,7 +294,7 @@ def test_a_stop_asks_the_handler_to_end(single: Make, handler: str, signum: int)
 
 
 def test_client_that_stays_is_served_until_the_drain_timeout(single: Make) -> None:
-    one = single("polite:Curious", "--set", "drain_timeout=300ms").start()
+    one = single("polite:Curious", "--set", "drain_timeout=2s").start()
     with dial(one.address) as client:
         client.sendall(b"?")
         assert read(client, 2) == b"00"

@@ -17,7 +17,7 @@ import pytest
 from forkd.serve.deadlines import ActivityStamps
 from forkd.serve.stream.threads import StampedSocket
 from tests.support.clients import at_end, dial, echoes, read
-from tests.support.daemon import Daemon, Harness
+from tests.support.daemon import STOOD_STILL, Daemon, Harness
 from tests.support.needs import needs_program
 from tests.support.once_process import OnceProcess
 from tests.support.processes import eventually
@@ -209,6 +209,7 @@ def test_client_that_resets_is_no_error(harness: Harness) -> None:
 def test_handler_that_goes_on_without_its_client_is_no_stall(harness: Harness) -> None:
     settings = ("stall_timeout=500ms", "listen.threads=1")
     daemon = harness.daemon(target="blocking:ends", workers=1, settings=settings).start()
+    daemon.allow(STOOD_STILL)
     pid = daemon.workers()[1]
     with dial(daemon.address) as client:
         client.sendall(b"sleep")

@@ -298,7 +298,7 @@ def has_listener(pid: int, address: str) -> bool:
     ],
 )
 def test_server_that_does_not_begin_ends_the_start(harness: Harness, handler: str, why: str) -> None:
-    daemon = harness.daemon(target=f"whole:{handler}", workers=1, settings=("boot_timeout=2s",))
+    daemon = harness.daemon(target=f"whole:{handler}", workers=1, settings=("boot_timeout=4s",))
     daemon.expect(why)
     result = daemon.command("start")
     assert result.returncode == 1
