@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import ssl
 import sys
@@ -30,6 +31,7 @@ from forkd.ended import Ended, HandshakeFailed
 from forkd.errors import ForkdError
 from forkd.serve.deadlines import Deadlines, Watched
 from forkd.serve.loop import IN, OUT, PollLoop
+from forkd.system.channel import wait_ready
 from forkd.system.socket_stats import cookie_of, received_bytes, unread_bytes
 from forkd.system.tls_files import Contents, readable
 
@@ -238,15 +240,16 @@ class TlsSession:
         do_handshake: goes on with the handshake. OpenSSL's own call, too: it raises what is in `NOT_YET`, and OSError.
         server_name: the host that the client asks for, where the contexts have that told.
         cut: whether the peer is not to be told the end any more: it was, or can't be.
+        is_ending: whether that has begun: no data can be sent any more.
     """
 
-    __slots__ = ("__weakref__", "_ssl", "_write", "cut", "do_handshake", "recv", "server_name")
+    __slots__ = ("__weakref__", "_ssl", "_write", "cut", "do_handshake", "is_ending", "recv", "server_name")
 
     def __init__(self, contexts: TlsContexts, sock: socket.socket) -> None:
         # What ssl.SSLSocket has inside. That takes the descriptor away from its socket, which may own a slot.
         self._ssl: Any = contexts.default._wrap_socket(sock, True, owner=self)  # type: ignore[attr-defined]
         self.do_handshake: Callable[[], None] = self._ssl.do_handshake
-        self.cut = False
+        self.cut = self.is_ending = False
         self.server_name: str | None = None
         self.recv: Callable[[int], bytes] = self._ssl.read
         self._write: Callable[[bytes | bytearray | memoryview], int] = self._ssl.write
@@ -290,14 +293,18 @@ class TlsSession:
             raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
         return sent
 
-    def close_notify(self) -> None:
-        """Tells the peer that nothing more comes (RFC 8446, section 6.1), if the socket takes it."""
+    def close_notify(self) -> bool:
+        """Tells the peer that nothing more comes (RFC 8446, section 6.1); False where the socket takes it later."""
         if not self.cut:
-            self.cut = True
+            self.is_ending = True
             try:
                 self._ssl.shutdown()
+            except ssl.SSLWantWriteError:
+                return False
             except (OSError, ValueError):  # it has not told its own end, which is not waited for
-                return
+                pass
+            self.cut = True
+        return True
 
     def handshake_bytes(self, sock: socket.socket) -> int:
         """When the handshake is done: how many bytes have come for it."""
@@ -369,7 +376,7 @@ class BufferedTlsSession(TlsSession):
         self._sock = sock
         self._unsent = b""
         self._at_end = False  # the peer's end was found behind data
-        self.cut = False
+        self.cut = self.is_ending = False
         self.server_name = None
 
     @property
@@ -444,11 +451,12 @@ class BufferedTlsSession(TlsSession):
         self.flush()
         return taken
 
-    def close_notify(self) -> None:
-        """Tells the peer that nothing more comes; it may send on."""
+    def close_notify(self) -> bool:
+        """Tells the peer that nothing more comes; it may send on. What the socket does not take is `unsent`."""
         super().close_notify()
         with suppress(OSError):
             self.flush()
+        return True
 
     def handshake_bytes(self, sock: socket.socket) -> int:
         """As of `TlsSession`."""
@@ -456,13 +464,18 @@ class BufferedTlsSession(TlsSession):
 
 
 def say_end(sock: ssl.SSLSocket) -> None:
-    """Tells the peer of a blocking connection that nothing more comes, as `TlsSession.close_notify` does. One that the
-    handler has closed can't be told any more.
+    """Tells the peer of a blocking connection that nothing more comes, as `TlsSession.close_notify` does; waits until
+    the socket takes that. One that the handler has closed can't be told any more.
     """
-    if sock.fileno() >= 0 and sock._sslobj is not None:  # type: ignore[attr-defined]
-        with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
+        while sock.fileno() >= 0 and sock._sslobj is not None:  # type: ignore[attr-defined]
             sock.settimeout(0)
-            sock._sslobj.shutdown()  # type: ignore[attr-defined]
+            try:
+                sock._sslobj.shutdown()  # type: ignore[attr-defined]
+            except ssl.SSLWantWriteError:
+                wait_ready(sock, select.POLLOUT)
+            else:
+                return
 
 
 class TlsHandshakes:

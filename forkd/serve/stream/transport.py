@@ -549,7 +549,7 @@ class StreamTransport(transports._FlowControlMixin):
         if self._eof_answer:
             if not self._closing:
                 self._watch(self._interest & ~IN | EDGE)
-        elif self._unsent or self._closing or len(self._loop.scheduled) > before:
+        elif self._unsent or self._closing or len(self._loop.scheduled) > before or not self._tell_end():
             self.close()
         else:  # called from the loop with nothing unsent, so no code is surprised that it happens at once
             self._closing = True
@@ -698,6 +698,8 @@ class StreamTransport(transports._FlowControlMixin):
                 log.warning("handler keeps writing to a closed connection: %r", self._protocol, extra=self.about())
             self._conn_lost += 1
             return
+        if self._tls is not None and self._tls.is_ending:
+            return
         assert self._unsent is not None  # noqa: S101 (for the type checker)
         if 0 < self._observer.write_limit < len(self._unsent) and not self._takes_more():
             self.end(WriteBufferFull(f"it does not read: {len(self._unsent)} bytes are unsent"))
@@ -725,7 +727,7 @@ class StreamTransport(transports._FlowControlMixin):
         out = self._unsent
         assert out is not None  # noqa: S101 (for the type checker)
         try:
-            sent = self._send(out)
+            sent = self._send(out) if out else 0
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -739,7 +741,7 @@ class StreamTransport(transports._FlowControlMixin):
         self._context.run(self._maybe_resume_protocol)  # type: ignore[attr-defined]
         if self._conn_lost:
             return
-        if self._unsent or (self._file is not None and not self._closing):
+        if self._unsent or (self._file is not None and not self._closing) or (self._closing and not self._tell_end()):
             self._send_later()
             return
         self._watch(self._interest & ~OUT)
@@ -1091,7 +1093,8 @@ class StreamTransport(transports._FlowControlMixin):
             interest, self._reader = IN, self._drop
             if self._interest & IN and self._sock.fileno() == self._fd:  # it is watched for that already
                 self._loop.selector.served[self._fd] = self._drop
-        if self._unsent:
+        if self._unsent or not self._tell_end():
+            self._unsent = self._unsent or bytearray()
             self._send_later()
             self._watch(OUT | interest)
             return
@@ -1099,6 +1102,10 @@ class StreamTransport(transports._FlowControlMixin):
         self._watch(interest)
         self._conn_lost += 1
         self._loop.call_soon(self._connection_lost, None)
+
+    def _tell_end(self) -> bool:
+        """With TLS, tells the client that nothing more comes; False where that has to wait for the socket."""
+        return self._tls is None or self._tls.close_notify()
 
     def close_at_exit(self) -> None:
         """As `close`, at the end of the process: it lingers only for what is unread already."""
@@ -1172,8 +1179,8 @@ class StreamTransport(transports._FlowControlMixin):
             log_end(self._sock, self._peer, self._observer.listener, ending, self._stamps)
         if self._observer.measure is not None:
             self._observer.measure(self._sock, self._opened, self._stamps)
-        if error is None and self._tls is not None:
-            self._tls.close_notify()
+        if error is None:
+            self._tell_end()
         try:
             self._context.run(self._protocol.connection_lost, error)  # type: ignore[arg-type]
         except BaseException as raised:  # noqa: BLE001 (the handler's border)
