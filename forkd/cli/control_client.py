@@ -24,6 +24,7 @@ from forkd import LONGEST_WAIT
 from forkd.errors import BootError, ForkdError, NotAllowed, NotRunning
 from forkd.messages import LARGEST_REPLY, ErrorReply, InvalidMessage, JsonObject, Request, decode_reply
 from forkd.system.channel import Channel, ChannelClosed, peer_uid, wait_ready
+from forkd.system.proc import descriptors_of, unix_sockets
 from forkd.system.run_directory import RunDirectory
 
 #: Seconds within which a healthy master replies to a request that needs no work.
@@ -34,9 +35,6 @@ MISSING_SECONDS = 3.0
 
 #: A connection's errors that pass: the path is being made again, or others wait to be accepted.
 _PASSING = (FileNotFoundError, ConnectionRefusedError, BlockingIOError)
-
-#: The flag of a listening socket in /proc/net/unix (proc_net(5)).
-_LISTENING = "00010000"
 
 _TITLE = re.compile(r"forkd: ([A-Za-z0-9][A-Za-z0-9._-]{0,63}) master")
 
@@ -191,10 +189,7 @@ def is_listened_at(path: Path) -> bool:
     /proc.
     """
     with contextlib.suppress(OSError):
-        for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
-            fields = line.split(maxsplit=7)
-            if len(fields) == 8 and fields[3] == _LISTENING and fields[7] == str(path):
-                return True
+        return any(listens and name == str(path) for _, name, listens in unix_sockets(os.getpid()))
     return False
 
 
@@ -227,26 +222,26 @@ class RunningMaster(NamedTuple):
 
         In a /tmp of its own, which a unit has by `PrivateTmp=`, it is by way of the process: proc_pid_root(5).
         """
-        process = Path("/proc", str(self.pid))
         with contextlib.suppress(OSError, ValueError):
-            own = {os.readlink(one) for one in (process / "fd").iterdir()}
-            for line in (process / "net/unix").read_text().splitlines()[1:]:
-                fields = line.split(maxsplit=7)
-                if len(fields) == 8 and fields[3] == _LISTENING and f"socket:[{fields[6]}]" in own:
-                    path = Path(fields[7])
-                    if path.name in ("control.sock", "control.sock.new") and path.is_absolute():
-                        return _seen_from_here(process / "root", path.parent)
+            own = {*descriptors_of(self.pid)}
+            for inode, name, listens in unix_sockets(self.pid):
+                path = Path(name)
+                if not (listens and f"socket:[{inode}]" in own and path.is_absolute()):
+                    continue
+                if path.name in ("control.sock", "control.sock.new"):
+                    found = _seen_from_here(Path(f"/proc/{self.pid}/root"), path.parent)
+                    if found is not None and found.stat().st_uid in (0, self.uid):  # else another has told it so
+                        return found
         return None
 
 
-def _seen_from_here(root: Path, path: Path) -> Path:
-    """A directory of a process whose root is this one, as this process reaches it. Raises OSError where it does not."""
+def _seen_from_here(root: Path, path: Path) -> Path | None:
+    """A directory of a process whose root is this one, as this process reaches it; None where it does not."""
     theirs = root / path.relative_to("/")
     with contextlib.suppress(OSError):
         if os.path.samefile(path, theirs):
             return path
-    theirs.stat()
-    return theirs
+    return theirs if theirs.exists() else None
 
 
 def running_masters(name: str = "") -> Iterator[RunningMaster]:

@@ -29,6 +29,7 @@ from forkd.errors import AddressInUse, ForkdError
 from forkd.system.host_addresses import bind_host, is_wildcard, rivals_of, sharing_port
 from forkd.system.identity import find_group, find_user
 from forkd.system.inherited import adopt_listeners, is_connected
+from forkd.system.proc import descriptors_of, unix_sockets
 from forkd.system.socket_options import BLOCKING, reset_flags, reset_options, set_freebind, tune
 from forkd.system.socket_stats import ListenCounters, listen_counters
 from forkd.system.udp_groups import (
@@ -580,8 +581,8 @@ def find_holders(addresses: Collection[Address]) -> dict[Address, str]:
     found: dict[Address, str] = {}
     for process in Path("/proc").glob("[0-9]*") if wanted else ():
         try:
-            for entry in (process / "fd").iterdir():
-                for address in wanted.get(os.readlink(entry), ()):
+            for link in descriptors_of(int(process.name)):
+                for address in wanted.get(link, ()):
                     if address not in found:
                         found[address] = f"{_process_name(process)}, pid {process.name}"
         except OSError:  # it has gone, or is not ours to look at
@@ -645,9 +646,9 @@ class _SocketTables:
         """The inodes of the sockets at a path."""
         if self._paths is None:
             self._paths = {}
-            for fields in _proc_net_rows("unix"):
-                if len(fields) == 8:
-                    self._paths.setdefault(fields[7], []).append(fields[6])
+            with contextlib.suppress(OSError):
+                for inode, name, _ in unix_sockets(os.getpid()):
+                    self._paths.setdefault(name, []).append(inode)
         return self._paths.get(address.path, [])
 
 

@@ -1,5 +1,5 @@
-"""What /proc tells of processes (proc(5)): their memory, which signals they take; and the way by it into the network
-namespace of another process.
+"""What /proc tells of processes (proc(5)): their memory, descriptors and unix sockets, which signals they take; and the
+way by it into the network namespace of another process.
 
 Where there is no /proc, or it hides something, a function returns what its docstring says.
 """
@@ -16,6 +16,7 @@ from forkd.errors import ForkdError
 
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _CLONE_NEWNET = 0x40000000  # CLONE_NEWNET of linux/sched.h
+_LISTENING = "00010000"  # the flag of a socket in /proc/net/unix
 
 
 def need_proc() -> None:
@@ -39,6 +40,27 @@ def memory_of(pid: int) -> tuple[int | None, int | None]:
         found = {words[0]: int(words[1]) * 1024 for line in file if len(words := line.split()) == 3}
         return found[b"Rss:"], found[b"Pss:"]
     return None, None
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """What the descriptors of a process lead to (proc_pid_fd(5)). Raises OSError where it has gone, or is another's."""
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return found
+
+
+def unix_sockets(pid: int) -> Iterator[tuple[str, str, bool]]:
+    """The unix sockets that have a name, where a process sees the network (proc_net(5)): of each the inode, the name,
+    and whether it listens. By a name with a line feed anyone can have sockets told that are none. Raises OSError.
+    """
+    with open(f"/proc/{pid}/net/unix", errors="surrogateescape", newline="\n") as lines:
+        next(lines, None)
+        for line in lines:
+            fields = line.rstrip("\n").split(maxsplit=7)
+            if len(fields) == 8:
+                yield fields[6], fields[7], fields[3] == _LISTENING
 
 
 def dies_of(pid: int, signum: signal.Signals) -> bool:

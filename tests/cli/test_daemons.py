@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from forkd.cli.control_client import RunningMaster
 from forkd.cli.daemons import described
 from forkd.cli.locate import SeenDaemon
+from forkd.system.proc import unix_sockets
 from tests.support.clients import echoes
 from tests.support.daemon import Harness, forkd
 from tests.support.needs import needs_python_for_all, needs_root
@@ -46,6 +49,24 @@ def test_list_has_every_daemon_with_its_state(harness: Harness, tmp_path: Path) 
     assert rows[0] == ["NAME", "PID", "USER", "STATE", "WORKERS", "CLIENTS", "UPTIME", "ADDRESSES"]
     (row,) = [row for row in rows if row[1:2] == [str(first.pid)]]
     assert (row[0], row[3:6], row[7]) == ("list-a", ["running", "2/2", "1"], first.address)
+
+
+def test_no_other_user_tells_where_a_daemon_is(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a name with a line feed, which the kernel's table of sockets has as it is."""
+    needs_root()
+    daemon = harness.daemon(name="list-f", workers=1).start()
+    forged = harness.directory / "f"
+    forged.mkdir()
+    os.chown(forged, NOBODY, NOBODY)
+    control = str(daemon.run_directory / "control.sock")
+    (inode,) = (inode for inode, name, listens in unix_sockets(daemon.pid) if listens and name == control)
+    monkeypatch.chdir(forged)
+    with contextlib.ExitStack() as stack:
+        for number in range(300):  # over all of the table, so that one comes before the daemon's own
+            path = f"{number}\n0: 2 0 00010000 1 1 {inode} {forged}/control.sock"
+            os.makedirs(os.path.dirname(path))
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(path)
+        assert listed(harness.directory)[daemon.pid]["run_directory"] == str(daemon.run_directory)
 
 
 def test_list_goes_on_where_a_master_does_not_answer(harness: Harness, tmp_path: Path) -> None:
