@@ -896,7 +896,14 @@ def test_datagrams_that_are_not_taken_change_no_reply_route(
     assert proxy.recv(100) == b"late"
 
 
-def test_peer_that_has_not_read_gets_no_more_until_it_has(ours: Kit) -> None:
+def test_peer_that_has_not_read_gets_no_more_until_it_has(ours: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+
+    def one_later() -> float:
+        seconds[0] += 1.0
+        return seconds[0]
+
+    monkeypatch.setattr(peers, "monotonic", one_later)
     sock = ours.bind(socket.AF_UNIX)
     client = ours.client(ours.serve(sock))
     unread, count = UnreadAnswers(sock), 0
@@ -906,7 +913,7 @@ def test_peer_that_has_not_read_gets_no_more_until_it_has(ours: Kit) -> None:
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) / 4 <= unacknowledged_bytes(sock)
     other = ours.client(ours.serve(ours.bind(socket.AF_UNIX)))
     assert not unread.may_send(other.getsockname(), 1000)  # all sockets were listed a moment ago, and it was not there
-    unread._list_at = 0.0
+    seconds[0] += 1000.0
     assert unread.may_send(other.getsockname(), 1000)
     assert not unread.may_send(other.getsockname(), 50_000)
     for _ in range(count):
