@@ -48,12 +48,12 @@ def expect_end(daemon: Daemon, client: socket.socket, reason: str, error: str, b
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_client_that_says_nothing_is_closed(harness: Harness, address: str) -> None:
-    daemon = start(harness, "Echo", "timeouts.first_byte=300ms", "timeouts.idle=off", address=address)
+    daemon = start(harness, "Echo", "timeouts.first_byte=1s", "timeouts.idle=off", address=address)
     other = harness.connect(daemon)
     assert echoes(other)
     began = time.monotonic()
     expect_end(daemon, harness.connect(daemon), "first_byte", "FirstByteTimeout")
-    assert time.monotonic() - began >= 0.3
+    assert time.monotonic() - began >= 1.0
     assert echoes(other)
 
 
@@ -232,7 +232,7 @@ def test_a_client_that_sends_is_alive_while_it_is_not_read(harness: Harness, add
 
 
 def test_the_access_log_has_a_record_of_each_end(harness: Harness) -> None:
-    settings = ("log.access=true", "log.format=json", "log.level=warning", "listen.timeouts.first_byte=300ms")
+    settings = ("log.access=true", "log.format=json", "log.level=warning", "listen.timeouts.first_byte=1s")
     daemon = harness.daemon(target="lasting:Echo", settings=settings).start()
 
     def recorded(client: socket.socket) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def test_many_that_expire_together_do_not_hold_up_the_others(harness: Harness) -
     ("factory", "said"), [("nothing_first", "returned None"), ("misfit_first", "The protocol factory failed")]
 )
 def test_connection_that_could_not_be_made_has_no_deadline(harness: Harness, factory: str, said: str) -> None:
-    settings = ("listen.timeouts.lifetime=300ms",)
+    settings = ("listen.timeouts.lifetime=1s",)
     daemon = harness.daemon(target=f"faulty:{factory}", workers=1, settings=settings).start()
     daemon.expect(said)
     assert at_end(harness.connect(daemon))

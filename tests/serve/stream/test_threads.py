@@ -147,7 +147,7 @@ def test_operator_sees_and_ends_a_client_of_a_thread(harness: Harness) -> None:
 
 
 def test_drain_waits_for_threads_until_its_deadline(harness: Harness) -> None:
-    daemon = harness.daemon(target="blocking:ends", workers=1, settings=("drain_timeout=500ms",)).start()
+    daemon = harness.daemon(target="blocking:ends", workers=1, settings=("drain_timeout=2s",)).start()
     (worker,) = daemon.workers().values()
     patient, deaf = harness.connect(daemon), harness.connect(daemon)
     for client in (patient, deaf):
