@@ -222,26 +222,29 @@ class RunningMaster(NamedTuple):
 
         In a /tmp of its own, which a unit has by `PrivateTmp=`, it is by way of the process: proc_pid_root(5).
         """
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             own = {*descriptors_of(self.pid)}
             for inode, name, listens in unix_sockets(self.pid):
                 path = Path(name)
-                if not (listens and f"socket:[{inode}]" in own and path.is_absolute()):
+                if not (listens and f"socket:[{inode}]" in own and path.name in ("control.sock", "control.sock.new")):
                     continue
-                if path.name in ("control.sock", "control.sock.new"):
+                with contextlib.suppress(OSError, ValueError):  # another user can have any path told here
                     found = _seen_from_here(Path(f"/proc/{self.pid}/root"), path.parent)
-                    if found is not None and found.stat().st_uid in (0, self.uid):  # else another has told it so
+                    if found.stat().st_uid in (0, self.uid):
                         return found
         return None
 
 
-def _seen_from_here(root: Path, path: Path) -> Path | None:
-    """A directory of a process whose root is this one, as this process reaches it; None where it does not."""
+def _seen_from_here(root: Path, path: Path) -> Path:
+    """A directory of a process whose root is this one, as this process reaches it. Raises OSError where it does not,
+    and ValueError for a relative path.
+    """
     theirs = root / path.relative_to("/")
     with contextlib.suppress(OSError):
         if os.path.samefile(path, theirs):
             return path
-    return theirs if theirs.exists() else None
+    theirs.stat()
+    return theirs
 
 
 def running_masters(name: str = "") -> Iterator[RunningMaster]:

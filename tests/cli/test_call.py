@@ -366,7 +366,9 @@ def test_missing_datagram_server_is_told_after_all_tries() -> None:
     sentence = said(call(address, "hello", "--timeout=1h", "--retries=0"))
     assert re.search(r"after 1 try in \d\.\d s: nothing listens there", sentence)
     sentence = said(call(address, "hello", "--timeout=100ms", "--retries=2"))
-    assert re.search(r"after 3 tries in \d+\.[1-9] s: nothing listens there", sentence)
+    found = re.search(r"after 3 tries in (\d+\.\d) s: nothing listens there", sentence)
+    assert found
+    assert float(found[1]) >= 0.1
 
 
 def test_a_server_that_comes_while_it_is_asked_answers() -> None:

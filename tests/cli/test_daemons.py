@@ -51,7 +51,8 @@ def test_list_has_every_daemon_with_its_state(harness: Harness, tmp_path: Path) 
     assert (row[0], row[3:6], row[7]) == ("list-a", ["running", "2/2", "1"], first.address)
 
 
-def test_no_other_user_tells_where_a_daemon_is(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("root", ["", "/"])
+def test_no_other_user_tells_where_a_daemon_is(harness: Harness, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
     """By a name with a line feed, which the kernel's table of sockets has as it is."""
     needs_root()
     daemon = harness.daemon(name="list-f", workers=1).start()
@@ -63,7 +64,7 @@ def test_no_other_user_tells_where_a_daemon_is(harness: Harness, monkeypatch: py
     monkeypatch.chdir(forged)
     with contextlib.ExitStack() as stack:
         for number in range(300):  # over all of the table, so that one comes before the daemon's own
-            path = f"{number}\n0: 2 0 00010000 1 1 {inode} {forged}/control.sock"
+            path = f"{number}\n0: 2 0 00010000 1 1 {inode} {root}{forged}/control.sock"
             os.makedirs(os.path.dirname(path))
             stack.enter_context(socket.socket(socket.AF_UNIX)).bind(path)
         assert listed(harness.directory)[daemon.pid]["run_directory"] == str(daemon.run_directory)
