@@ -223,7 +223,7 @@ class RunningMaster(NamedTuple):
         In a /tmp of its own, which a unit has by `PrivateTmp=`, it is by way of the process: proc_pid_root(5).
         """
         with contextlib.suppress(OSError):
-            own = {*descriptors_of(self.pid)}
+            own = {link for _, link in descriptors_of(self.pid)}
             for inode, name, listens in unix_sockets(self.pid):
                 path = Path(name)
                 if not (listens and f"socket:[{inode}]" in own and path.name in ("control.sock", "control.sock.new")):

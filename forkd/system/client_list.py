@@ -8,7 +8,6 @@ waits in the accept queue is not listed yet.
 
 from __future__ import annotations
 
-import os
 import socket
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from forkd.errors import ForkdError
 from forkd.messages import ClientsReply, JsonObject
-from forkd.system.proc import network_namespace_of
+from forkd.system.proc import descriptors_of, network_namespace_of
 from forkd.system.scoreboard import read_accept_times, read_client_addresses
 from forkd.system.socket_stats import (
     CLOSE_WAIT,
@@ -109,17 +108,9 @@ def _owned_sockets(name: str, worker: Mapping[str, Any], regions: int) -> Iterat
 
 def _sockets_of(pid: int) -> Iterator[tuple[int, int]]:
     """Descriptor and inode of each socket of a process (proc_pid_fd(5)). Raises OSError."""
-    directory = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for name in os.listdir(directory):
-            try:
-                link = os.readlink(name, dir_fd=directory)
-            except FileNotFoundError:  # closed meanwhile
-                continue
-            if link.startswith(_SOCKET_LINK):
-                yield int(name), int(link[len(_SOCKET_LINK) : -1])
-    finally:
-        os.close(directory)
+    for descriptor, link in descriptors_of(pid):
+        if link.startswith(_SOCKET_LINK):
+            yield descriptor, int(link[len(_SOCKET_LINK) : -1])
 
 
 def _tcp_clients(listeners: Iterable[JsonObject], owners: Mapping[int, SocketOwner], now: int) -> Iterator[Client]:

@@ -581,7 +581,7 @@ def find_holders(addresses: Collection[Address]) -> dict[Address, str]:
     found: dict[Address, str] = {}
     for process in Path("/proc").glob("[0-9]*") if wanted else ():
         try:
-            for link in descriptors_of(int(process.name)):
+            for _, link in descriptors_of(int(process.name)):
                 for address in wanted.get(link, ()):
                     if address not in found:
                         found[address] = f"{_process_name(process)}, pid {process.name}"

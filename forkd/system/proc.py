@@ -42,12 +42,18 @@ def memory_of(pid: int) -> tuple[int | None, int | None]:
     return None, None
 
 
-def descriptors_of(pid: int) -> list[str]:
-    """What the descriptors of a process lead to (proc_pid_fd(5)). Raises OSError where it has gone, or is another's."""
+def descriptors_of(pid: int) -> list[tuple[int, str]]:
+    """The descriptors of a process, and what each leads to (proc_pid_fd(5)). Raises OSError where the process has gone,
+    or is another's.
+    """
     found = []
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            found.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    directory = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(directory):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.append((int(name), os.readlink(name, dir_fd=directory)))
+    finally:
+        os.close(directory)
     return found
 
 
