@@ -222,13 +222,16 @@ def writes_once_resumed(kit: Kit, word: bytes) -> Recorder:
     return Recorder(kit, resume_writing=lambda p: resumes(p) == 1 and p.transport.write(word))
 
 
-def test_a_closing_connection_sends_what_resuming_writes(kit: Kit) -> None:
-    protocol = writes_once_resumed(kit, b"last")
+@forkd_only
+@pytest.mark.parametrize("word", [b"last", b"long" * MUCH], ids=["short", "more than the socket takes"])
+def test_a_closing_connection_sends_what_resuming_writes(kit: Kit, word: bytes) -> None:
+    # asyncio's own in Python 3.12 and 3.13 calls None for ever where the socket does not take all of it at once.
+    protocol = writes_once_resumed(kit, word)
     transport, peer = kit.connect(protocol)
     transport.set_write_buffer_limits(0)
     transport.write(bytes(MUCH))
     transport.close()
-    assert kit.in_thread(read_to_end, peer)[MUCH:] == b"last"
+    assert kit.in_thread(read_to_end, peer)[MUCH:] == word
     kit.until(lambda: protocol.lost)
     assert protocol.lost == [None]
 
@@ -249,6 +252,7 @@ def test_closing_connections_write_to_their_own_peers_alone(kit: Kit) -> None:
     assert tails == words
 
 
+@forkd_only  # as above
 def test_bytes_of_a_closing_connection_are_unsent_on_no_other(kit: Kit) -> None:
     sizes = []
     bystander, _ = kit.connect(Recorder(kit))
