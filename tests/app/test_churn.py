@@ -151,7 +151,7 @@ def test_killed_workers_lose_their_own_clients_and_no_others(harness: Harness, c
     daemon = start(harness, workers)
     daemon.expect("worker .* killed by SIGKILL")
     with unchanged(daemon, count):
-        staying = {client: int(read(client, GREETING)) for client in (harness.connect(daemon) for _ in range(workers))}
+        staying = {client: int(read(client, GREETING)) for client in harness.connect_to_each(daemon, workers)}
         with ChurnClients(daemon.address) as churn:
             killed = dict(kill_one(daemon) for _ in range(count))
         eventually(lambda: len(daemon.workers()) == workers, 60, what="all workers serving")

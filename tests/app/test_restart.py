@@ -253,8 +253,7 @@ def test_restart_whose_command_is_killed_is_still_whole(harness: Harness, signum
 @pytest.mark.parametrize("verb", ["reload", "upgrade", "restart"])
 def test_no_worker_of_the_code_before_takes_a_client_after_a_change(harness: Harness, verb: str) -> None:
     daemon = harness.daemon(target="busy:SlowTurns").start()
-    clients = [harness.connect(daemon) for _ in range(6)]
-    eventually(lambda: all(one["clients"] for one in daemon.status()["workers"]), what="a client of each worker")
+    clients = harness.connect_to_each(daemon, 6)
     before = daemon.workers().values()
     result = daemon.command(verb)
     assert result.returncode == 0, result.stderr

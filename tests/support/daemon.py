@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from tests.support.clients import dial, is_free
@@ -266,6 +267,15 @@ class Harness:
     def connect(self, where: Daemon | str, seconds: float = DEADLINE) -> socket.socket:
         """A client that is closed at the end."""
         return self.closing(dial(where if isinstance(where, str) else where.address, seconds))
+
+    def connect_to_each(self, daemon: Daemon, count: int) -> list[socket.socket]:
+        """So many clients that are served, and more until each worker has one: which one takes a client is open."""
+        clients: list[socket.socket] = []
+        deadline = monotonic() + DEADLINE
+        while len(clients) < count or not all(daemon.wait_clients(len(clients)).values()):
+            assert monotonic() < deadline, "a worker that takes no client"
+            clients.append(self.connect(daemon))
+        return clients
 
     def closing(self, sock: socket.socket) -> socket.socket:
         """The same socket, which is closed at the end."""
