@@ -58,9 +58,9 @@ def test_a_client_that_says_nothing_is_closed(harness: Harness, address: str) ->
 
 
 def test_a_client_that_is_told_something_need_not_speak(harness: Harness) -> None:
-    daemon = start(harness, "Ticking", "timeouts.first_byte=400ms", "timeouts.idle=off")
+    daemon = start(harness, "Ticking", "timeouts.first_byte=700ms", "timeouts.idle=off")
     client = harness.connect(daemon)
-    assert read(client, 12) == b"tick" * 3  # one each 300 ms
+    assert read(client, 16) == b"tick" * 4  # one each 300 ms
     assert ended(daemon) == {}
     client.close()
 

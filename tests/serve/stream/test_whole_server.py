@@ -127,9 +127,10 @@ def test_client_of_a_server_is_listed_and_killed(harness: Harness, serve: Serve)
 
 
 def test_deadlines_hold_for_clients_of_a_server(harness: Harness, serve: Serve) -> None:
-    daemon = serve("returned", "listen.timeouts.first_byte=0.3s", "listen.timeouts.idle=0.6s")
-    silent, idle = harness.connect(daemon), harness.connect(daemon)
+    daemon = serve("returned", "listen.timeouts.first_byte=0.7s", "listen.timeouts.idle=1s")
+    idle = harness.connect(daemon)
     ask(idle)
+    silent = harness.connect(daemon)
     assert at_end(silent)
     assert at_end(idle)
     wait_closed(daemon, 2)
