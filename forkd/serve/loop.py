@@ -23,7 +23,8 @@ import select
 import selectors
 import signal
 from asyncio import Handle, TimerHandle
-from collections.abc import Callable, Collection, Iterable, MutableMapping
+from collections import deque
+from collections.abc import Callable, Iterable, MutableMapping
 from contextvars import Context, ContextVar, copy_context
 from functools import cache
 from heapq import heapify, heappop
@@ -117,7 +118,7 @@ class PollSelector(selectors.EpollSelector):
         self.served = self._new_table()
         self.listeners: dict[int, Ready] = {}
         self.epoll: select.epoll = self._selector  # type: ignore[attr-defined]
-        self._scheduled: Collection[Handle] = ()
+        self._scheduled: deque[Handle] = deque()
         self.left: list[tuple[int, int]] = []
         self._woken = False
         #: By its descriptor: the callback that a connection's event waits for.
@@ -132,7 +133,7 @@ class PollSelector(selectors.EpollSelector):
         self.listeners.clear()
         self.epoll.close()
 
-    def bind(self, scheduled: Collection[Handle]) -> None:
+    def bind(self, scheduled: deque[Handle]) -> None:
         """Tells what asyncio calls next: while it is not empty, `select` returns after each round."""
         self._scheduled = scheduled
 
@@ -205,13 +206,14 @@ class PollSelector(selectors.EpollSelector):
         """
         awaited, self._awaited = self._awaited, {}
         pending: dict[Any, Handle] = {}
-        for handle in self._scheduled:
+        handles = self._scheduled.copy()  # another thread may schedule something meanwhile
+        for handle in handles:
             owner = handle._context.get(CONNECTION)  # type: ignore[attr-defined]
             if owner is not None and (connection := owner()) is not None and not connection.is_over:
                 pending[connection] = handle
         if not pending:
             return events
-        scheduled, now = set(map(id, self._scheduled)), []
+        scheduled, now = set(map(id, handles)), []
         for event in events:
             fd = event[0]
             waits_for = awaited.get(fd) or pending.get(getattr(self.served.get(fd), "__self__", None))
@@ -337,7 +339,7 @@ class PollLoop(asyncio.SelectorEventLoop):
         scheduled: what asyncio calls next.
     """
 
-    scheduled: Collection[Handle]
+    scheduled: deque[Handle]
 
     def __init__(
         self,

@@ -14,13 +14,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Any
 
 import pytest
 
-from forkd.serve.loop import PollLoop
+from forkd.serve.loop import CONNECTION, PollLoop
 from tests.support.processes import DEADLINE
-from tests.support.transport_contract import AnyRecorder, Kit, Recorder, descriptors, kits, watched_pipe
+from tests.support.transport_contract import AnyRecorder, Kit, Recorder, descriptors, forkd_only, kits, watched_pipe
 
 kit = kits
 pipe = watched_pipe
@@ -109,6 +110,34 @@ def test_work_in_an_executor_comes_back(kit: Kit) -> None:
         return await asyncio.gather(*(kit.loop.run_in_executor(None, pow, 2, number) for number in range(20)))
 
     assert kit.run(work()) == [2**number for number in range(20)]
+
+
+@forkd_only
+def test_a_thread_calls_into_the_loop_while_that_looks_at_what_is_scheduled(kit: Kit) -> None:
+    called: list[str] = []
+
+    def owner() -> None:
+        """Where the loop asks whose a callback is, which no thread of a test's would hit."""
+        thread = threading.Thread(target=kit.loop.call_soon_threadsafe, args=(called.append, "by a thread"))
+        thread.start()
+        thread.join(DEADLINE)
+
+    context = copy_context()
+    context.run(CONNECTION.set, owner)
+
+    async def look() -> None:
+        for _ in range(3):
+            send()
+            for _ in range(2):
+                kit.loop.call_soon(called.append, "of a connection", context=context)
+            await asyncio.sleep(0)
+
+    protocol, send = kit.on_byte(lambda: None)
+    kit.run(look())
+    kit.turn()
+    assert protocol.received == b"xxx"
+    assert called.count("of a connection") == 6
+    assert "by a thread" in called
 
 
 @pytest.mark.usefixtures("traffic")
