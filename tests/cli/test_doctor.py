@@ -206,14 +206,14 @@ def test_doctor_looks_at_a_file_whose_daemon_does_not_run(harness: Harness, open
     secret = open_directory / "secret"
     secret.mkdir(mode=0o700)
     cert, key = Authority(open_directory).issue("server", days=3)
-    file = open_directory / "well.yaml"
+    file = open_directory / "asleep.yaml"
     more = f"limits: {{per_worker: 500}}, tls: {{cert: {cert}, key: {key}}}"
     listen = f"[{{address: 'tcp://127.0.0.1:0', handler: 'a:B', {more}}}]"
     file.write_text(
         f"wokers: 1\nuser: {NOBODY}\nrlimits: {{nofile: 256}}\npython_path: [{secret}, {open_directory}]\n"
         f"listen: {listen}\n"
     )
-    daemon = harness.daemon(name="well")
+    daemon = harness.daemon(name="asleep")
     found = findings(daemon, file)
     assert "wokers: unknown setting" in found["settings"]
     assert found["python_path"].endswith(f"can't read {secret}, from where its handlers are imported")
