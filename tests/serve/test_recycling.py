@@ -94,7 +94,7 @@ def test_a_worker_is_replaced_after_its_connections(harness: Harness) -> None:
 
 
 def test_a_crowd_loses_nothing_while_workers_are_replaced(harness: Harness) -> None:
-    daemon = start(harness, 3, connections="300")
+    daemon = start(harness, 3, connections="100")
     first, staying = daemon.workers(), [harness.connect(daemon) for _ in range(6)]
     assert all(read(client, GREETING) for client in staying)
     with ChurnClients(daemon.address) as churn:
