@@ -212,6 +212,7 @@ def test_retiring_worker_finishes_its_clients(harness: Harness, way: str) -> Non
         assert daemon.command("scale", 1).returncode == 0
     daemon.wait_workers(1)
     assert daemon.workers("draining") == {2: retiring}
+    eventually(lambda: "draining" in title(retiring), what="a worker that takes no client any more")
     later = [harness.connect(daemon) for _ in range(8)]
     assert all(echoes(client) for client in clients + later)
     assert alive(retiring)
