@@ -206,7 +206,7 @@ class PollSelector(selectors.EpollSelector):
         """
         awaited, self._awaited = self._awaited, {}
         pending: dict[Any, Handle] = {}
-        handles = self._scheduled.copy()  # another thread may schedule something meanwhile
+        handles = self._scheduled.copy()  # in one piece: another thread may schedule something meanwhile
         for handle in handles:
             owner = handle._context.get(CONNECTION)  # type: ignore[attr-defined]
             if owner is not None and (connection := owner()) is not None and not connection.is_over:

@@ -259,7 +259,7 @@ def test_worker_killed_for_its_memory_has_that_on_record(memory: Path, harness: 
     daemon.expect("killed by SIGKILL, by the kernel, which was out of memory")
     daemon.prefix = ["sh", "-c", f'echo $$ >{memory}/cgroup.procs; exec "$@"', "sh"]
     daemon.run()
-    master, clients = daemon.pid, [harness.connect(daemon) for _ in range(8)]
+    master, clients = daemon.pid, harness.connect_to_each(daemon, 8)
     hosts = {client: int(read(client, GREETING)) for client in clients}
     hungry = clients[0]
     hungry.sendall(b"devour")

@@ -227,7 +227,8 @@ def test_client_that_waits_to_flush_is_killed_too(harness: Harness) -> None:
 
 def test_silent_worker_is_named_and_may_answer_late(harness: Harness) -> None:
     daemon = harness.daemon().start()
-    clients = eventually(lambda: spread(harness, daemon), what="a client of each worker")
+    clients = harness.connect_to_each(daemon, 4)
+    assert all(echoes(client) for client in clients)
     slot, pid = 2, daemon.workers()[2]
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -240,15 +241,6 @@ def test_silent_worker_is_named_and_may_answer_late(harness: Harness) -> None:
     assert all(at_end(client) for client in clients)  # it does what it was told when it comes round
     assert echoes(harness.connect(daemon))
     assert [record for record in daemon.records() if "invalid message" in record] == []
-
-
-def spread(harness: Harness, daemon: Daemon) -> list[socket.socket]:
-    """Clients, if each worker has some."""
-    clients = [harness.connect(daemon) for _ in range(4)]
-    assert all(echoes(client) for client in clients)
-    if len({one["worker"] for one in listed(daemon)}) == 2:
-        return clients
-    return []
 
 
 def test_a_worker_that_dies_meanwhile_is_not_waited_for(harness: Harness) -> None:

@@ -36,7 +36,7 @@ def expect_stall(daemon: Daemon) -> None:
 
 
 def hosts(harness: Harness, daemon: Daemon, count: int = 12) -> dict[int, list[socket.socket]]:
-    """Clients, by the pid of who serves them: each worker."""
+    """Clients of each worker, by its pid."""
     found: dict[int, list[socket.socket]] = {}
     for client in harness.connect_to_each(daemon, count):
         found.setdefault(int(read(client, GREETING)), []).append(client)

@@ -117,7 +117,7 @@ def test_a_thread_calls_into_the_loop_while_that_looks_at_what_is_scheduled(kit:
     called: list[str] = []
 
     def owner() -> None:
-        """Where the loop asks whose a callback is, which no thread of a test's would hit."""
+        """Has a thread call in the middle of the loop's look at the callbacks, when it asks whose this one is."""
         thread = threading.Thread(target=kit.loop.call_soon_threadsafe, args=(called.append, "by a thread"))
         thread.start()
         thread.join(DEADLINE)

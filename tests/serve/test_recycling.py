@@ -122,7 +122,7 @@ def test_workers_of_one_age_are_replaced_one_by_one(harness: Harness) -> None:
 def test_a_worker_that_has_grown_is_replaced_and_no_other(harness: Harness) -> None:
     daemon = start(harness, 2, memory="100MiB")
     first = daemon.workers()
-    clients = {client: int(read(client, GREETING)) for client in (harness.connect(daemon) for _ in range(8))}
+    clients = {client: int(read(client, GREETING)) for client in harness.connect_to_each(daemon, 8)}
     hungry, host = next(iter(clients.items()))
     wait_heartbeat(daemon, host)
     assert daemon.workers() == first

@@ -198,7 +198,7 @@ class Daemon:
         return eventually(settled, what=f"{count} workers serving")
 
     def wait_clients(self, count: int) -> dict[int, int]:
-        """Waits until there are so many clients in all; how many each slot's worker has."""
+        """Waits until there are so many clients in all; how many each worker has, by its pid."""
 
         def there() -> dict[int, int]:
             clients = {one["pid"]: one["clients"] for one in self.status()["workers"]}
@@ -269,7 +269,7 @@ class Harness:
         return self.closing(dial(where if isinstance(where, str) else where.address, seconds))
 
     def connect_to_each(self, daemon: Daemon, count: int) -> list[socket.socket]:
-        """So many clients that are served, and more until each worker has one: which one takes a client is open."""
+        """So many clients that workers have taken, and more until each worker has one: any may take the next."""
         clients: list[socket.socket] = []
         deadline = monotonic() + DEADLINE
         while len(clients) < count or not all(daemon.wait_clients(len(clients)).values()):

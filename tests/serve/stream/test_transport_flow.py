@@ -252,7 +252,7 @@ def test_closing_connections_write_to_their_own_peers_alone(kit: Kit) -> None:
     assert tails == words
 
 
-@forkd_only  # as above
+@forkd_only  # asyncio's own may call None for ever: as of `test_a_closing_connection_sends_what_resuming_writes`
 def test_bytes_of_a_closing_connection_are_unsent_on_no_other(kit: Kit) -> None:
     sizes = []
     bystander, _ = kit.connect(Recorder(kit))
